@@ -1,0 +1,62 @@
+# `make` lists the targets. Each does its own set-up; none needs another to have been run by hand.
+# PYTHON chooses the interpreter of .venv, CC the compiler, SNAPD_CFLAGS adds flags to the C, ARGS goes to pytest.
+
+PYTHON ?= python3
+BIN := .venv/bin
+C_USERS := $(wildcard tests examples)
+CLANG := clang -fsyntax-only -std=gnu11 -Wall -Wextra -Werror -pthread -Isnapd/agent
+SOURCES := find Makefile pyproject.toml hatch_build.py .ci snapd $(C_USERS) -type f \
+	\( -name '*.[ch]' -o -name '*.py' -o -name '*.varlink' -o -name '*.toml' -o -name Makefile -o -path '.ci/*' \)
+
+# $(call need,command that succeeds when it is there,name,Debian package,Fedora package)
+need = @$(1) >/dev/null 2>&1 || { \
+	echo "$(2) is missing: apt install $(3) (Debian, Ubuntu), dnf install $(4) (Fedora)" >&2; false; }
+
+.PHONY: help build demo test lint type bench clean need-clang need-redis
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+build: .venv/installed ## make .venv with snapd and the test tools; compile what changed
+	@$(BIN)/python hatch_build.py build
+
+demo: need-redis build ## show the main job on a Python process and a redis-server, and verify every byte
+	@$(BIN)/python -m tests.demo
+
+test: need-redis build ## run all tests (ARGS='tests/unit -k map' for a part)
+	@$(BIN)/pytest $(ARGS)
+
+lint: need-clang build ## ruff, clang's opinion of all C, and no line over 120 columns
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@CC=clang $(BIN)/python hatch_build.py syntax
+	@find $(C_USERS) -name '*.c' | xargs -r $(CLANG)
+	@$(SOURCES) | while read -r file; do expand "$$file" | LC_ALL=C.UTF-8 grep -nE '.{121}' | sed "s|^|$$file:|"; \
+		done | { ! grep .; }
+
+type: build ## mypy --strict
+	@$(BIN)/mypy
+
+bench: build ## throughput and latencies beside the machine's own limits
+	@$(BIN)/python -m tests.bench
+
+clean: ## remove .venv and everything that was built
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find snapd tests -name __pycache__ -prune -exec rm -rf {} +
+	find snapd -name '*.so' -delete
+
+# What only the operating system can give is looked for before anything is downloaded.
+.venv/installed: pyproject.toml
+	@$(PYTHON) hatch_build.py check
+	$(call need,$(PYTHON) -c 'import ensurepip; import venv',Python's venv module,python3-venv,python3)
+	@echo "making .venv (a minute, once)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/pip install -qq --disable-pip-version-check --editable '.[test,lint]'
+	@touch $@
+
+need-clang:
+	$(call need,command -v clang,clang,clang,clang)
+
+# Without redis-server its tests and its part of the demo are left out, unless SNAPD_REQUIRE_PEERS=1.
+need-redis:
+	$(call need,command -v redis-server,redis-server,redis-server,redis) || [ "$$SNAPD_REQUIRE_PEERS" != 1 ]
