@@ -1,0 +1,508 @@
+/* The agent: two threads inside the target that make the userfaultfd and execute moves.
+ *
+ * Freestanding: raw system calls, no libc, no allocation, no TLS. It knows no policy; every command comes from the
+ * daemon. One thread connects and never makes a call that raises a userfaultfd event, so that it can reconnect while
+ * the other, the mover, sleeps in mremap or munmap until a new daemon reads the event.
+ */
+#include "agent.h"
+#include "arch.h"
+
+#include <linux/capability.h>
+#include <linux/close_range.h>
+#include <linux/errno.h>
+#include <linux/fcntl.h>
+#include <linux/futex.h>
+#include <linux/mman.h>
+#include <linux/poll.h>
+#include <linux/prctl.h>
+#include <linux/sched.h>
+#include <linux/socket.h>
+#include <linux/time_types.h>
+#include <linux/uio.h>
+#include <linux/un.h>
+
+#define SOCK_SEQPACKET 5
+#define SOCK_CLOEXEC 02000000
+#define SOL_SOCKET 1
+#define SO_PEERCRED 17
+#define SCM_RIGHTS 1
+#define MSG_NOSIGNAL 0x4000
+#define MSG_CMSG_CLOEXEC 0x40000000
+#define AF_UNIX 1
+#define SHUT_RDWR 2
+#define POLLRDHUP 0x2000
+#define NFDS 3
+
+struct user_msghdr {
+	void *name;
+	int namelen;
+	struct iovec *iov;
+	unsigned long iovlen;
+	void *control;
+	unsigned long controllen;
+	unsigned int flags;
+};
+struct rights {
+	unsigned long len;
+	int level, type;
+	int fds[NFDS + 1];
+};
+#define RIGHTS_BYTES(n) (16 + 4 * (unsigned long)(n))
+
+/* gcc may call these even in freestanding code. */
+__attribute__((visibility("hidden"))) void *memset(void *to, int value, unsigned long n);
+__attribute__((visibility("hidden"))) void *memcpy(void *to, const void *from, unsigned long n);
+
+void *memset(void *to, int value, unsigned long n)
+{
+	volatile char *p = to;
+
+	while (n--)
+		*p++ = (char)value;
+	return to;
+}
+
+void *memcpy(void *to, const void *from, unsigned long n)
+{
+	volatile char *p = to;
+	const char *q = from;
+
+	while (n--)
+		*p++ = *q++;
+	return to;
+}
+
+static long futex_wait(unsigned int *word, unsigned int value)
+{
+	return raw4(__NR_futex, word, FUTEX_WAIT_PRIVATE, value, 0);
+}
+
+static void futex_wake(unsigned int *word)
+{
+	raw3(__NR_futex, word, FUTEX_WAKE_PRIVATE, 0x7fffffff);
+}
+
+int agent_connect(const char *path)
+{
+	struct sockaddr_un addr = {.sun_family = AF_UNIX};
+	unsigned long n = 0;
+	long ret;
+	int sock = (int)raw3(__NR_socket, AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
+
+	if (sock < 0)
+		return sock;
+	while (path[n] && n < sizeof(addr.sun_path) - 1) {
+		addr.sun_path[n] = path[n];
+		n++;
+	}
+	ret = raw3(__NR_connect, sock, &addr, sizeof(addr));
+	if (ret < 0) {
+		raw1(__NR_close, sock);
+		return (int)ret;
+	}
+	return sock;
+}
+
+int agent_send(int sock, struct snapd_wire *message, const int *fds, int nfds)
+{
+	struct rights rights = {.len = RIGHTS_BYTES(nfds), .level = SOL_SOCKET, .type = SCM_RIGHTS};
+	struct iovec iov = {.iov_base = message, .iov_len = sizeof(*message)};
+	struct user_msghdr header = {.iov = &iov, .iovlen = 1};
+	long n;
+
+	for (int i = 0; i < nfds; i++)
+		rights.fds[i] = fds[i];
+	if (nfds) {
+		header.control = &rights;
+		header.controllen = RIGHTS_BYTES(nfds);
+	}
+	message->magic = SNAPD_WIRE_MAGIC;
+	message->version = SNAPD_WIRE_VERSION;
+	do {
+		n = raw3(__NR_sendmsg, sock, &header, MSG_NOSIGNAL);
+	} while (n == -EINTR);
+	return n == sizeof(*message) ? 0 : n < 0 ? (int)n : -EPIPE;
+}
+
+int agent_receive(int sock, struct snapd_wire *message, int fds[NFDS])
+{
+	struct rights rights = {0};
+	struct iovec iov = {.iov_base = message, .iov_len = sizeof(*message)};
+	struct user_msghdr header = {
+		.iov = &iov, .iovlen = 1, .control = &rights, .controllen = RIGHTS_BYTES(NFDS)};
+	long n;
+
+	for (int i = 0; i < NFDS; i++)
+		fds[i] = -1;
+	do {
+		n = raw3(__NR_recvmsg, sock, &header, MSG_CMSG_CLOEXEC);
+	} while (n == -EINTR);
+	if (n >= 0 && header.controllen >= RIGHTS_BYTES(1) && rights.level == SOL_SOCKET && rights.type == SCM_RIGHTS)
+		for (unsigned long i = 0; i < NFDS && rights.len >= RIGHTS_BYTES(i + 1); i++)
+			fds[i] = rights.fds[i];
+	if (n <= 0)
+		return n < 0 ? (int)n : -EPIPE;
+	if (n != sizeof(*message) || message->magic != SNAPD_WIRE_MAGIC || message->version != SNAPD_WIRE_VERSION)
+		return -EPROTO;
+	return 0;
+}
+
+static void close_fd(int *fd)
+{
+	if (*fd >= 0)
+		raw1(__NR_close, *fd);
+	*fd = -1;
+}
+
+static long make_userfaultfd(struct agent *agent, int device)
+{
+	long uffd = raw3(__NR_ioctl, device, SNAPD_USERFAULTFD_IOC_NEW, O_CLOEXEC | O_NONBLOCK);
+
+	if (uffd < 0)
+		return uffd;
+	close_fd(&agent->uffd);
+	agent->uffd = (int)uffd;
+	return 0;
+}
+
+/* The range must belong to the daemon's piece: nothing else runs in the target while this moves it. */
+static long move_aside(const struct snapd_wire *m, __u64 *ret)
+{
+	long to = raw5(__NR_mremap, m->addr, m->length, m->length, SNAPD_MREMAP_MAYMOVE | SNAPD_MREMAP_DONTUNMAP,
+		       m->dest);
+
+	if (to < 0 && to > -4096)
+		return to;
+	*ret = (unsigned long)to;
+	return raw3(__NR_madvise, to, m->length, SNAPD_MADV_DONTFORK);
+}
+
+static long stage(const struct snapd_wire *m, __u64 *ret)
+{
+	long at = raw6(__NR_mmap, (long)m->dest, (long)m->length, PROT_READ | PROT_WRITE,
+		       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+
+	if (at < 0 && at > -4096)
+		return at;
+	*ret = (unsigned long)at;
+	return raw3(__NR_madvise, at, m->length, SNAPD_MADV_DONTFORK);
+}
+
+static long move_back(const struct snapd_wire *m)
+{
+	long ret = raw3(__NR_madvise, m->addr, m->length, SNAPD_MADV_DOFORK);
+
+	if (ret < 0)
+		return ret;
+	ret = raw5(__NR_mremap, m->addr, m->length, m->length, SNAPD_MREMAP_MAYMOVE | SNAPD_MREMAP_FIXED, m->dest);
+	return ret < 0 && ret > -4096 ? ret : 0;
+}
+
+static long advise(struct snapd_wire *m)
+{
+	long first = 0;
+
+	for (unsigned int i = 0; i < m->nruns && i < SNAPD_WIRE_RUNS; i++) {
+		long ret = raw3(__NR_madvise, m->runs[i].start, m->runs[i].length, m->value);
+
+		if (ret < 0 && !first)
+			first = ret;
+	}
+	return first;
+}
+
+/* Guards go in by one call for all runs: a touch meanwhile waits in the daemon and is woken after it. */
+static long install_guards(struct snapd_wire *m)
+{
+	for (unsigned int i = 0; i < m->nruns && i < SNAPD_WIRE_RUNS; i++) {
+		long ret = raw3(__NR_madvise, m->runs[i].start, m->runs[i].length, SNAPD_MADV_GUARD_INSTALL);
+
+		if (ret < 0)
+			return ret;
+	}
+	return 0;
+}
+
+/* UFFDIO_MOVE one page or more; returns bytes done or a negative errno. */
+static long uffd_move(int uffd, __u64 to, __u64 from, __u64 length)
+{
+	struct snapd_uffd_move move = {
+		.dst = to, .src = from, .len = length, .mode = SNAPD_UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES};
+	long ret = raw3(__NR_ioctl, uffd, SNAPD_UFFDIO_MOVE, &move);
+
+	if (ret == 0)
+		return (long)length;
+	if (move.move > 0)
+		return (long)move.move;
+	return move.move < 0 ? (long)move.move : ret;
+}
+
+/* Moves the runs from the aside (addr) to the staging (dest). EBUSY is a pin, or a page shared with a fork, alive or
+ * dead: a write fault in the aside makes it ours alone, so EBUSY a second time is a pin. Such pages stay where they
+ * are and come back as runs of the reply; when they do not fit, value says how far the pass came. */
+static long pin_pass(struct agent *agent, struct snapd_wire *m)
+{
+	struct snapd_run pinned[SNAPD_WIRE_RUNS];
+	unsigned int npinned = 0;
+	long ret = 0;
+
+	for (unsigned int i = 0; i < m->nruns && i < SNAPD_WIRE_RUNS; i++) {
+		__u64 at = m->runs[i].start, end = at + m->runs[i].length;
+		int tried = 0;
+
+		while (at < end) {
+			long done = uffd_move(agent->uffd, m->dest + (at - m->addr), at, end - at);
+
+			if (done > 0) {
+				at += (unsigned long)done;
+				tried = 0;
+				continue;
+			}
+			if (done == -EAGAIN)
+				continue;
+			if (done == -EBUSY && !tried) {
+				tried = 1;
+				if (raw3(__NR_madvise, at, SNAPD_PAGE, SNAPD_MADV_POPULATE_WRITE) == 0)
+					continue;
+			}
+			if (done == -EBUSY) {
+				if (npinned && pinned[npinned - 1].start + pinned[npinned - 1].length == at) {
+					pinned[npinned - 1].length += SNAPD_PAGE;
+				} else if (npinned < SNAPD_WIRE_RUNS) {
+					pinned[npinned++] = (struct snapd_run){at, SNAPD_PAGE};
+				} else {
+					m->value = at;
+					m->flags = SNAPD_REPLY_MORE;
+					goto out;
+				}
+			} else if (done != -EEXIST && done != -ENOENT) {
+				m->value = at; /* from here on nothing was moved */
+				ret = done;
+				goto out;
+			}
+			at += SNAPD_PAGE; /* EEXIST: a pass before a cut moved it; ENOENT: nothing there */
+			tried = 0;
+		}
+	}
+out:
+	for (unsigned int i = 0; i < npinned; i++)
+		m->runs[i] = pinned[i];
+	m->nruns = npinned;
+	return ret;
+}
+
+static void let_go(struct agent *agent)
+{
+	close_fd(&agent->uffd);
+	close_fd(&agent->store);
+	close_fd(&agent->page_map);
+	agent->fork_wait = 0;
+	__atomic_store_n(&agent->leaving, 1, __ATOMIC_SEQ_CST);
+	futex_wake(&agent->leaving);
+}
+
+/* Executes one command in place; the message becomes its reply. */
+static void execute(struct agent *agent, struct snapd_wire *m, int fds[NFDS])
+{
+	long ret = 0;
+
+	m->flags = 0;
+	switch (m->kind) {
+	case SNAPD_MAKE:
+		ret = fds[0] < 0 ? -EBADF : make_userfaultfd(agent, fds[0]);
+		break;
+	case SNAPD_HOLD:
+		close_fd(&agent->store);
+		close_fd(&agent->page_map);
+		agent->store = fds[0];
+		agent->page_map = fds[1];
+		fds[0] = fds[1] = -1;
+		break;
+	case SNAPD_STAGE:
+		ret = stage(m, &m->value);
+		break;
+	case SNAPD_MOVE:
+		ret = move_aside(m, &m->value);
+		break;
+	case SNAPD_GUARD:
+		ret = install_guards(m);
+		break;
+	case SNAPD_PIN:
+		ret = pin_pass(agent, m);
+		break;
+	case SNAPD_BACK:
+		ret = move_back(m);
+		break;
+	case SNAPD_UNMAP:
+		ret = raw2(__NR_munmap, m->addr, m->length);
+		break;
+	case SNAPD_ADVISE:
+		ret = advise(m);
+		break;
+	case SNAPD_PING:
+		m->value = (__u64)(long)agent->last_status;
+		break;
+	case SNAPD_FLAGS:
+		__atomic_store_n(&agent->fork_wait, m->value & SNAPD_FLAG_FORK_WAIT, __ATOMIC_SEQ_CST);
+		break;
+	case SNAPD_LEAVE:
+		break;
+	default:
+		ret = -ENOSYS;
+	}
+	for (int i = 0; i < NFDS; i++)
+		close_fd(&fds[i]);
+	m->status = (__s32)ret;
+	agent->last_status = (int)ret;
+}
+
+/* Waits for a connection newer than the one that was seen; the connecting thread publishes it. */
+static int next_connection(struct agent *agent, unsigned int *seen)
+{
+	while (__atomic_load_n(&agent->sock_generation, __ATOMIC_SEQ_CST) == *seen)
+		futex_wait(&agent->sock_generation, *seen);
+	*seen = __atomic_load_n(&agent->sock_generation, __ATOMIC_SEQ_CST);
+	__atomic_store_n(&agent->sock_taken, *seen, __ATOMIC_SEQ_CST);
+	return agent->sock;
+}
+
+static void name_thread(const char *name)
+{
+	raw5(__NR_prctl, PR_SET_NAME, name, 0, 0, 0);
+}
+
+/* A thread made by raw clone keeps its capabilities when libc's setuid() drops those of all others. */
+static void drop_capabilities(void)
+{
+	struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3};
+	struct __user_cap_data_struct data[2] = {{0}};
+
+	raw2(__NR_capset, &header, data);
+}
+
+static void mover_main(void *arg)
+{
+	struct agent *agent = arg;
+	unsigned int seen = 0;
+	int sock = -1, fds[NFDS];
+	struct snapd_wire message;
+
+	name_thread("snapd-mover");
+	drop_capabilities();
+	for (;;) {
+		if (sock < 0)
+			sock = next_connection(agent, &seen);
+		if (agent_receive(sock, &message, fds) < 0) {
+			for (int i = 0; i < NFDS; i++)
+				close_fd(&fds[i]);
+			raw2(__NR_shutdown, sock, SHUT_RDWR); /* the other thread's poll still refers to it */
+			close_fd(&sock);
+			continue;
+		}
+		__atomic_store_n(&agent->busy, 1, __ATOMIC_SEQ_CST);
+		execute(agent, &message, fds);
+		__atomic_store_n(&agent->busy, 0, __ATOMIC_SEQ_CST);
+		if (message.kind == SNAPD_MAKE && message.status == 0)
+			agent_send(sock, &message, &agent->uffd, 1);
+		else
+			agent_send(sock, &message, fds, 0);
+		if (message.kind == SNAPD_LEAVE) {
+			let_go(agent);
+			raw2(__NR_shutdown, sock, SHUT_RDWR);
+			raw1(__NR_close, sock);
+			raw1(__NR_exit, 0);
+		}
+	}
+}
+
+static int say_hello(struct agent *agent, int sock)
+{
+	struct snapd_wire hello = {.kind = SNAPD_HELLO, .addr = agent->sentinel};
+	int fds[NFDS] = {agent->uffd, agent->store, agent->page_map}, nfds = 0;
+
+	hello.length = (__u64)agent->comm_tid;
+	hello.dest = (__u64)agent->mover_tid;
+	hello.value = (__u64)raw0(__NR_getpid);
+	hello.runs[0] = (struct snapd_run){agent->region, agent->region_bytes};
+	hello.runs[1] = (struct snapd_run){agent->sentinel - SNAPD_PAGE, 3 * SNAPD_PAGE};
+	hello.runs[2] = agent->bss;
+	hello.nruns = 3;
+	if (__atomic_load_n(&agent->busy, __ATOMIC_SEQ_CST))
+		hello.flags |= SNAPD_HELLO_BUSY;
+	if (agent->uffd >= 0 && agent->store >= 0 && agent->page_map >= 0) {
+		hello.flags |= SNAPD_HELLO_SESSION;
+		nfds = NFDS;
+	}
+	return agent_send(sock, &hello, fds, nfds);
+}
+
+/* Yama lets only a declared tracer read and stop a process of the same user. */
+static void allow_tracer(int sock)
+{
+	struct {
+		int pid, uid, gid;
+	} peer = {0};
+	int length = sizeof(peer);
+
+	if (raw5(__NR_getsockopt, sock, SOL_SOCKET, SO_PEERCRED, &peer, &length) == 0 && peer.pid > 0)
+		raw5(__NR_prctl, PR_SET_PTRACER, peer.pid, 0, 0, 0);
+}
+
+static void pause_ms(unsigned int ms)
+{
+	struct __kernel_timespec time = {.tv_sec = ms / 1000, .tv_nsec = (ms % 1000) * 1000000L};
+
+	raw2(__NR_nanosleep, &time, 0);
+}
+
+static void wait_hangup(int sock)
+{
+	struct pollfd wait = {.fd = sock, .events = POLLRDHUP};
+	long n;
+
+	do {
+		n = raw5(__NR_ppoll, &wait, 1, 0, 0, 8);
+	} while (n == -EINTR);
+}
+
+void agent_main(void *arg)
+{
+	struct agent *agent = arg;
+	unsigned int backoff_ms = 10;
+	char *mover_stack = (char *)agent->region + SNAPD_PAGE + 2 * AGENT_STACK_BYTES;
+
+	raw3(__NR_close_range, 0, ~0U, CLOSE_RANGE_UNSHARE);
+	raw1(__NR_chdir, "/");
+	name_thread("snapd-comm");
+	drop_capabilities();
+	agent->comm_tid = (int)raw0(__NR_gettid);
+	agent->mover_tid = (int)raw_thread(CLONE_VM | CLONE_FILES | CLONE_FS | CLONE_SIGHAND | CLONE_THREAD |
+						   CLONE_SYSVSEM,
+					   mover_stack, 0, mover_main, agent);
+	while (agent->mover_tid > 0 && !__atomic_load_n(&agent->leaving, __ATOMIC_SEQ_CST)) {
+		int sock = agent_connect(agent->path);
+
+		if (sock >= 0 && say_hello(agent, sock) < 0)
+			close_fd(&sock);
+		if (sock >= 0) {
+			unsigned int generation;
+
+			allow_tracer(sock);
+			agent->sock = sock;
+			generation = __atomic_add_fetch(&agent->sock_generation, 1, __ATOMIC_SEQ_CST);
+			futex_wake(&agent->sock_generation);
+			wait_hangup(sock);
+			/* A mover that is still inside a command has not taken it: then it is ours to close. */
+			if (__atomic_load_n(&agent->sock_taken, __ATOMIC_SEQ_CST) != generation)
+				close_fd(&sock);
+			if (agent->uffd >= 0)
+				backoff_ms = 10;
+		}
+		if (__atomic_load_n(&agent->leaving, __ATOMIC_SEQ_CST))
+			break;
+		pause_ms(backoff_ms);
+		if (backoff_ms < 2000)
+			backoff_ms *= 2;
+	}
+	raw1(__NR_exit, 0);
+}

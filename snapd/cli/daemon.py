@@ -1,0 +1,31 @@
+"""`snapd daemon`: resolves the directories and hands over to the daemon."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from snapd import directories
+from snapd.cli import options
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@click.command(short_help="Run the service in the foreground.")
+@options.runtime_dir
+@click.option(
+    "--state-dir",
+    metavar="DIR",
+    help="Where the stores are kept (SNAPD_STATE_DIR; else /var/lib/heap-snapd for root and "
+    "$XDG_STATE_HOME/heap-snapd for others).",
+)
+def command(runtime_dir: Path, state_dir: str | None) -> None:
+    """Run the service in the foreground, until SIGTERM or Ctrl-C.
+
+    It gives every page back before it ends. Both directories are made when they are missing.
+    """
+    from snapd.daemon.main import serve
+
+    serve(runtime_dir, directories.state_dir(state_dir))

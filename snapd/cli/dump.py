@@ -1,0 +1,60 @@
+"""`snapd dump`: one dump of each process that is named."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from snapd.cli import options, output, progress
+from snapd.client import Client
+from snapd.protocol.reports import DumpReport
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@click.command(short_help="Take the heap of processes out of memory.")
+@options.pids(required=True)
+@click.option(
+    "--level",
+    type=click.IntRange(-7, 22),
+    metavar="N",
+    help="How hard zstd tries, from -7 (fast) to 22 (small); the daemon's own choice when left out.",
+)
+@options.as_json
+@options.runtime_dir
+def command(pids: tuple[int, ...], level: int | None, as_json: bool, runtime_dir: Path) -> None:
+    """Take the heap of each process PID out of memory while it runs.
+
+    Every page comes back by itself when the process touches it.
+    """
+    with output.errors_as_json(as_json), Client(runtime_dir) as client:
+
+        def act(pid: int) -> dict[str, Any]:
+            steps = client.iter_dump(pid, level=level)
+            return progress.follow(steps, f"dump {pid}", hidden=as_json).to_json()
+
+        output.each(pids, act, as_json=as_json, show=_show)
+
+
+def _show(result: dict[str, Any]) -> None:
+    report = DumpReport.from_json(result)
+    packed_bytes = report.moved_bytes - report.zero_bytes - report.clean_bytes
+    output.line(
+        f"dumped {report.pid} in {output.duration(report.duration_s)}:"
+        f" {output.size(report.moved_bytes)} moved, {output.size(report.freed_bytes)} freed"
+    )
+    output.line(
+        f"  {output.size(report.stored_bytes)} stored, ratio {output.ratio(packed_bytes, report.stored_bytes)};"
+        f" {output.counted(report.stops, 'stop')}, the longest {output.duration(report.longest_stop_us / 1e6)},"
+        f" {output.duration(report.sum_stop_us / 1e6)} in all"
+    )
+    reasons = ", ".join(f"{name} {output.size(nbytes)}" for name, nbytes in report.skipped.items() if nbytes)
+    if report.skipped_bytes:
+        output.line(f"  {output.size(report.skipped_bytes)} left alone" + (f" ({reasons})" if reasons else ""))
+    if report.pinned_bytes:
+        output.line(f"  {output.size(report.pinned_bytes)} held by the kernel for direct I/O, and put back")
+    if report.pieces_put_off:
+        pieces = output.counted(report.pieces_put_off, "piece")
+        output.line(f"  {pieces} put off because a thread did not stop in time")

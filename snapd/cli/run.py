@@ -1,0 +1,85 @@
+"""`snapd run`: becomes the command, with the agent preloaded.
+
+It executes and stays nobody's parent, so signals, exit status and terminal are the command's own.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import NoReturn
+
+import click
+
+from snapd import directories
+from snapd.cli import options, output, program
+from snapd.errors import CommandNotExecutable, CommandNotFound, printable
+
+
+@click.command(
+    short_help="Run a command whose heap the daemon can manage.",
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+)
+@click.argument("arguments", metavar="-- CMD [ARG]...", nargs=-1, required=True, type=click.UNPROCESSED)
+@options.runtime_dir
+def command(arguments: tuple[str, ...], runtime_dir: Path) -> None:
+    """Run CMD as a process whose heap the daemon can manage.
+
+    CMD runs as it would without snapd while there is no daemon, and joins when one comes up. Exit status:
+    CMD's own, 127 when it is not found, 126 when it cannot be executed.
+    """
+    execute(arguments, _environment(runtime_dir, arguments[0]))
+
+
+def _environment(runtime_dir: Path, cmd: str) -> dict[str, str]:
+    from snapd.agent import library_path
+
+    environ = dict(os.environ)
+    _undo_locale_coercion(environ)
+    environ["SNAPD_AGENT_SOCKET"] = directories.socket_address(runtime_dir, directories.AGENT_SOCKET)
+    library = str(library_path())
+    # The loader takes both as separators, and knows no way to quote them.
+    unnameable = any(c in library for c in ": ")
+    reason = "the agent's path has a colon or a space in it" if unnameable else program.obstacle(cmd)
+    if reason is not None:
+        output.complain(f"{printable(cmd)} cannot be managed because {reason}; it runs as it would without snapd")
+    others = [one for one in environ.get("LD_PRELOAD", "").replace(" ", ":").split(":") if one and one != library]
+    if not unnameable:
+        environ["LD_PRELOAD"] = ":".join([library, *others])
+    return environ
+
+
+def _undo_locale_coercion(environ: dict[str, str]) -> None:
+    # In the C locale the interpreter sets LC_CTYPE for itself and its children (PEP 538); the kernel still
+    # has the environment that we were started with.
+    try:
+        given = Path("/proc/self/environ").read_bytes().split(b"\0")
+    except OSError:
+        return
+    if not any(one.startswith(b"LC_CTYPE=") for one in given):
+        environ.pop("LC_CTYPE", None)
+
+
+def execute(arguments: tuple[str, ...], environ: dict[str, str]) -> NoReturn:
+    """Become the command; raises CommandNotFound or CommandNotExecutable."""
+    # The interpreter ignores these two, and what is ignored stays so across exec.
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(number, signal.SIG_DFL)
+    cmd = arguments[0]
+    if not cmd:
+        raise CommandNotFound(cmd)  # execve() has words of its own for that
+    found = shutil.which(cmd)
+    try:
+        os.execvpe(cmd, arguments, environ)  # noqa: S606 - as env(1) does
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if found is None:
+            raise CommandNotFound(cmd) from error
+        raise CommandNotExecutable(cmd, "the interpreter or loader that it names does not exist") from error
+    except OSError as error:
+        if error.errno == errno.ENOEXEC and found is not None:
+            # execvp(3), and so env(1), lets the shell have a script that names no interpreter.
+            os.execve("/bin/sh", ["/bin/sh", found, *arguments[1:]], environ)  # noqa: S606
+        raise CommandNotExecutable(cmd, os.strerror(error.errno or 0)) from error

@@ -1,0 +1,261 @@
+"""The agent socket: takes connections of agents and programs, learns who they are, and makes sessions of them.
+
+Owns the handshake: the userfaultfd, its features, the three descriptors of a session. A connection that sends garbage,
+another version or speaks for somebody else is dropped and logged. Knows nothing of dumps.
+"""
+
+from __future__ import annotations
+
+import array
+import errno
+import logging
+import os
+import socket
+import struct
+from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from snapd import engine
+from snapd.daemon import procfs
+from snapd.daemon.server import Peer
+from snapd.daemon.session import Session
+from snapd.errors import KernelLacks, NotPermitted, ProtocolError, SnapdError, TargetGone, UserfaultfdDenied
+from snapd.pages import PAGE, Range
+from snapd.protocol.agent import HELLO_SESSION, MESSAGE_BYTES, Kind, Message
+from snapd.store.writer import StoreWriter
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+DEVICE: Final = "/dev/userfaultfd"
+HANDSHAKE_S: Final = 10.0
+_SO_PEERPIDFD: Final = 77
+_UCRED: Final = struct.Struct("iII")
+
+
+class AgentSocket:
+    """A non-blocking connection while the handshake lasts."""
+
+    def __init__(self, sock: trio.socket.SocketType) -> None:
+        """Wrap an accepted connection."""
+        self._sock = sock
+
+    def peer(self) -> Peer:
+        """Return who connected, as the kernel says."""
+        return Peer(*_UCRED.unpack(self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)))
+
+    def pidfd(self, pid: int) -> int:
+        """Return a pidfd of the peer itself where the kernel gives one, else of `pid`; TargetGone when it is."""
+        try:
+            raw = self._sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD, 4)
+            return int(struct.unpack("i", raw)[0])
+        except OSError as error:
+            if error.errno not in (errno.ENOPROTOOPT, errno.EOPNOTSUPP):
+                raise TargetGone(pid) from error
+        try:
+            return os.pidfd_open(pid)
+        except OSError as error:
+            raise TargetGone(pid) from error
+
+    async def receive(self, files: ExitStack) -> tuple[Message, list[int]]:
+        """Return one message and the descriptors that came along, which `files` closes; ProtocolError for garbage."""
+        data, ancillary, flags, _ = await self._sock.recvmsg(
+            MESSAGE_BYTES + 1, socket.CMSG_SPACE(4 * 4), socket.MSG_CMSG_CLOEXEC
+        )
+        fds = array.array("i")
+        for level, kind, payload in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
+        for fd in fds:
+            files.callback(_close_unless_taken, fds, fd)
+        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+            raise ProtocolError("an agent's message is too long")
+        if not data:
+            raise EOFError
+        return Message.unpack(data), list(fds)
+
+    async def send(self, message: Message, fds: list[int] | None = None) -> None:
+        """Send one message with descriptors."""
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds).tobytes())] if fds else []
+        await self._sock.sendmsg([message.pack()], ancillary)
+
+    async def wait_closed(self) -> None:
+        """Return when the peer has closed its end."""
+        while True:
+            if not await self._sock.recv(MESSAGE_BYTES):
+                return
+
+    def into_blocking(self) -> int:
+        """Give the connection up to the engine: returns a blocking descriptor."""
+        fd = os.dup(self._sock.fileno())
+        os.set_blocking(fd, True)
+        self._sock.close()
+        return fd
+
+    def close(self) -> None:
+        """Close it."""
+        self._sock.close()
+
+
+def _close_unless_taken(fds: array.array[int], fd: int) -> None:
+    if fd in fds:
+        os.close(fd)
+
+
+async def make_session(sock: AgentSocket, hello: Message, peer: Peer, state_dir: Path) -> Session:
+    """Turn a greeting into a running session.
+
+    Raises UserfaultfdDenied, KernelLacks, TargetGone, ProtocolError, and what making a store raises.
+    """
+    with ExitStack() as undo:
+        pidfd = sock.pidfd(peer.pid)
+        undo.callback(os.close, pidfd)
+        tids = procfs.thread_of(peer.pid, hello.length), procfs.thread_of(peer.pid, hello.dest)
+        if not all(tids):
+            raise TargetGone(peer.pid)  # replaced by exec since, or it names threads that it does not have
+        uffd = await _make_userfaultfd(sock, undo)
+        fork_events = _enable(uffd)
+        sentinel = hello.addr
+        try:
+            engine.uffd_register(uffd, sentinel, PAGE)
+        except OSError as error:
+            raise ProtocolError(f"pid {peer.pid} names a sentinel that can't be watched") from error
+        writer = StoreWriter(state_dir)
+        store_id, tail = writer.header.store_id, writer.end
+        store = engine.Store(writer.detach(), store_id, tail)
+        undo.callback(store.release)
+        page_map = engine.page_map_create()
+        undo.callback(_close_quietly, page_map)
+        await _hold(sock, store.fd, page_map)
+        agent_sock = sock.into_blocking()
+        undo.callback(_close_quietly, agent_sock)
+        native = engine.Session.create(
+            store, pid=peer.pid, uffd=uffd, page_map=page_map, agent_sock=agent_sock, sentinel=sentinel, tids=tids
+        )
+        undo.pop_all()
+        return Session(
+            native,
+            store,
+            pid=peer.pid,
+            uid=peer.uid,
+            pidfd=pidfd,
+            agent_sock=agent_sock,
+            own=_own_ranges(hello),
+            sentinel=sentinel,
+            fork_events=fork_events,
+        )
+
+
+def _close_quietly(fd: int) -> None:
+    os.close(fd)
+
+
+def _own_ranges(hello: Message) -> tuple[Range, ...]:
+    return tuple(Range.around(start, length) for start, length in hello.runs if length)
+
+
+async def _make_userfaultfd(sock: AgentSocket, undo: ExitStack) -> int:
+    try:
+        device = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise UserfaultfdDenied(DEVICE, error.strerror or str(error)) from error
+    try:
+        await sock.send(Message(Kind.MAKE), [device])
+    finally:
+        os.close(device)
+    files = ExitStack()
+    with files:
+        reply, fds = await sock.receive(files)
+        if reply.status:
+            raise UserfaultfdDenied(DEVICE, os.strerror(-reply.status))
+        if reply.kind is not Kind.MAKE or len(fds) != 1 or not _is_userfaultfd(fds[0]):
+            raise ProtocolError("an agent sent something else than its userfaultfd")
+        files.pop_all()
+    undo.callback(_close_quietly, fds[0])
+    return fds[0]
+
+
+def _is_userfaultfd(fd: int) -> bool:
+    return str(Path(f"/proc/self/fd/{fd}").readlink()) == "anon_inode:[userfaultfd]"
+
+
+def _enable(uffd: int) -> bool:
+    """Enable the features; returns whether forks raise events, which takes CAP_SYS_PTRACE."""
+    try:
+        engine.uffd_api(uffd, with_fork=True)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EINVAL):
+            raise
+    else:
+        return True
+    try:
+        engine.uffd_api(uffd, with_fork=False)
+    except OSError as error:
+        raise KernelLacks("userfaultfd with WP_ASYNC, POISON and MOVE (Linux 6.8)") from error
+    return False
+
+
+async def _hold(sock: AgentSocket, store_fd: int, page_map: int) -> None:
+    """Let the agent keep the session's files, read-only: the last close must never be ours alone."""
+    copies = [os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC) for fd in (store_fd, page_map)]
+    try:
+        await sock.send(Message(Kind.HOLD), copies)
+    finally:
+        for fd in copies:
+            os.close(fd)
+    with ExitStack() as files:
+        reply, _ = await sock.receive(files)
+        if reply.kind is not Kind.HOLD or reply.status:
+            raise ProtocolError("an agent does not keep what it was given")
+
+
+Handler = Callable[[AgentSocket, Message, Peer], Awaitable[None]]
+
+
+async def serve_agents(listener: socket.socket, handlers: dict[Kind, Handler], may: Callable[[Peer], bool]) -> None:
+    """Accept until cancelled; each connection's first message goes to the handler of its kind."""
+    accepting = trio.socket.from_stdlib_socket(listener)
+    async with trio.open_nursery() as nursery:
+        while True:
+            try:
+                raw, _ = await accepting.accept()
+            except OSError as error:
+                log.warning("an agent's connection was not accepted: %s", error.strerror)
+                await trio.sleep(0.1)
+                continue
+            nursery.start_soon(_greet, AgentSocket(raw), handlers, may)
+
+
+async def _greet(sock: AgentSocket, handlers: dict[Kind, Handler], may: Callable[[Peer], bool]) -> None:
+    peer = sock.peer()
+    who = f"agent pid {peer.pid} uid {peer.uid}"
+    try:
+        with ExitStack() as files:
+            with trio.fail_after(HANDSHAKE_S):
+                hello, _ = await sock.receive(files)
+            if not may(peer):
+                raise NotPermitted(peer.pid, peer.uid)
+            handler = handlers.get(hello.kind)
+            if handler is None:
+                raise ProtocolError(f"an agent began with {hello.kind.name}")
+            if hello.kind is Kind.HELLO and hello.flags & HELLO_SESSION:
+                log.info("%s: brings a session of a former daemon", who)
+            await handler(sock, hello, peer)
+    except EOFError:
+        log.debug("%s: gone", who)
+    except trio.TooSlowError:
+        log.warning("%s: dropped: it says nothing", who)
+    except TargetGone:
+        log.info("%s: gone before it was attached", who)
+    except SnapdError as error:
+        log.warning("%s: dropped: %s", who, error)
+    except OSError as error:
+        log.warning("%s: dropped: %s", who, error.strerror)
+    finally:
+        sock.close()

@@ -1,0 +1,321 @@
+"""One dump: choose, then piece by piece move, store and drop. Runs in a worker thread.
+
+Owns the order of steps and what each outcome of a piece means for the dump; docs/design.md has the transaction. The
+engine does the work of a stop; nothing of Python runs inside one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import time
+from collections import Counter, deque
+from typing import TYPE_CHECKING, Final
+
+from snapd import engine
+from snapd.daemon import policy, procfs
+from snapd.daemon.session import Session, pagemap
+from snapd.engine import Outcome
+from snapd.errors import (
+    Internal,
+    SharedMemory,
+    SnapdError,
+    StoreFailed,
+    StoreFull,
+    TargetGone,
+    TargetStopped,
+    TargetTraced,
+)
+from snapd.pages import PAGE, Range, total_bytes
+from snapd.protocol import agent
+from snapd.protocol.reports import DumpProgress, DumpReport
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+DEFAULT_LEVEL: Final = 1
+DROP_SLICE_BYTES: Final = 4 << 20
+DROP_BREATH_US: Final = 1500
+IN_FLIGHT: Final = 3
+RETRIES: Final = 6
+RETRY_DELAY_S: Final = 0.01
+SHARED_RETRIES: Final = 10
+MIN_STORE_FREE_BYTES: Final = 16 << 20
+MIN_PART_PAGES: Final = 8
+_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_MADV_POPULATE_WRITE: Final = 23
+
+
+class Dump:
+    """One dump of one session."""
+
+    def __init__(
+        self, session: Session, state_dir: Path, level: int | None, progress: Callable[[DumpProgress], None]
+    ) -> None:
+        """Prepare; nothing is touched before `run`."""
+        self._session = session
+        self._native = session.native
+        self._pid = session.pid
+        self._state_dir = state_dir
+        self._level = DEFAULT_LEVEL if level is None else level
+        self._progress = progress
+        self._size = policy.PieceSize()
+        self._flying: deque[engine.Piece] = deque()
+        self._skipped: Counter[str] = Counter()
+        self._pages: Counter[str] = Counter()
+        self._stored_bytes = 0
+        self._stops: list[int] = []
+        self._put_off = 0
+        self._done_bytes = 0
+        self._total_bytes = 0
+        self._hint = 0
+        self._forked = False
+
+    def run(self) -> DumpReport:
+        """Do it; returns the figures.
+
+        Raises TargetGone, TargetStopped, TargetTraced, SharedMemory before or during; StoreFull or StoreFailed when
+        the store can't take it: then every page is back in the target, in the store, or still aside and served.
+        """
+        began = time.monotonic()
+        self._check_target()
+        before = procfs.resident_bytes(self._pid)
+        intervals = self._choose()
+        try:
+            self._move_all(intervals)
+            while self._flying:
+                self._land()
+        finally:
+            self._abandon()
+        self._session.native.trim()
+        freed = max(0, before - procfs.resident_bytes(self._pid))
+        return self._report(time.monotonic() - began, freed)
+
+    def _report(self, duration_s: float, freed_bytes: int) -> DumpReport:
+        pages = self._pages
+        skipped = {reason: size for reason, size in self._skipped.items() if size}
+        return DumpReport(
+            pid=self._pid,
+            moved_bytes=(pages["aside"] + pages["clean"] + pages["zero"]) * PAGE,
+            stored_bytes=self._stored_bytes,
+            zero_bytes=(pages["zero"] + pages["packed_zero"]) * PAGE,
+            clean_bytes=pages["clean"] * PAGE,
+            skipped_bytes=sum(skipped.values()),
+            freed_bytes=freed_bytes,
+            pinned_bytes=pages["pinned"] * PAGE,
+            duration_s=duration_s,
+            stops=len(self._stops),
+            longest_stop_us=max(self._stops, default=0) // 1000,
+            sum_stop_us=sum(self._stops) // 1000,
+            pieces_put_off=self._put_off,
+            skipped=skipped,
+        )
+
+    def _check_target(self) -> None:
+        status = procfs.status(self._pid)
+        if not status:
+            raise TargetGone(self._pid)
+        if status.get("State", "?")[0] == "T":
+            raise TargetStopped(self._pid)  # its agent stands too
+        if status.get("TracerPid", "0") != "0":
+            raise TargetTraced(self._pid)
+        self._check_sharing()
+        free = os.statvfs(self._state_dir)
+        if free.f_bavail * free.f_frsize < MIN_STORE_FREE_BYTES:
+            raise StoreFull(str(self._state_dir))
+
+    def _check_sharing(self) -> None:
+        """Another process in the same address space would run on while the threads stand."""
+        other = 0
+        for _ in range(SHARED_RETRIES):  # a child between vfork and exec shares it for a moment
+            other = next((p for p in procfs.processes() if p != self._pid and engine.same_memory(self._pid, p)), 0)
+            if not other:
+                return
+            time.sleep(2 * RETRY_DELAY_S)
+        raise SharedMemory(self._pid, other)
+
+    def _choose(self) -> list[Range]:
+        for _ in range(RETRIES):
+            outcome, threads, stop_ns = self._native.survey()
+            if outcome is Outcome.MOVED:
+                self._stops.append(stop_ns)
+                break
+            self._fail_on(outcome, 0)
+            time.sleep(RETRY_DELAY_S)
+        else:
+            raise TargetStopped(self._pid) if self._all_asleep() else Internal("its threads do not stop")
+        mappings = procfs.smaps(self._pid)
+        if not mappings:
+            raise TargetGone(self._pid)
+        if not self._session.fork_events:
+            mappings = self._forbid_fork(mappings)
+        if len(mappings) > procfs.max_map_count() * 9 // 10:
+            self._skipped["map_count"] += sum(one.memory_bytes for one in mappings)
+            return []
+        plan = policy.plan(mappings, [(one.stack, one.tls) for one in threads], self._session.own)
+        self._skipped.update(plan.skipped)
+        self._total_bytes = plan.total_bytes
+        self._hint = policy.wide_hole(mappings, policy.MAX_PIECE_BYTES * 32)
+        self._forked = self._native.take_forked()
+        return list(plan.intervals)
+
+    def _all_asleep(self) -> bool:
+        return procfs.status(self._pid).get("State", "?")[0] in "DT"
+
+    def _forbid_fork(self, mappings: list[procfs.Mapping]) -> list[procfs.Mapping]:
+        """Without fork events a child must get nothing of what is out, rather than zeros."""
+        with pagemap(self._pid) as fd:
+            ours = {one.start for one in mappings if "dc" in one.flags and engine.watched(fd, one.start)}
+        cleaned = [
+            procfs.Mapping(
+                one.start,
+                one.end,
+                one.permissions,
+                one.inode,
+                one.name,
+                one.resident_bytes,
+                one.swapped_bytes,
+                one.flags - {"dc"} if one.start in ours else one.flags,
+            )
+            for one in mappings
+        ]
+        own = self._session.own
+        chosen = [
+            one
+            for one in cleaned
+            if one.start not in ours
+            and policy.reason_to_stay(one) is None
+            and not any(mine.start <= one.start < mine.end for mine in own)
+        ]
+        self._session.forbid_fork(chosen)
+        return cleaned
+
+    def _move_all(self, intervals: list[Range]) -> None:
+        with pagemap(self._pid) as fd:
+            for attempt in range(RETRIES):
+                again: list[Range] = []
+                for interval in intervals:
+                    again += self._move_interval(fd, interval)
+                if not again:
+                    return
+                intervals = again
+                self._put_off += len(again)
+                time.sleep(RETRY_DELAY_S * (attempt + 1))
+        self._skipped["busy"] += sum(one.length_bytes for one in intervals)
+
+    def _move_interval(self, fd: int, interval: Range) -> list[Range]:
+        """Move what of the interval has memory; returns what must be tried again."""
+        again: list[Range] = []
+        at = interval.start
+        while at < interval.end:
+            try:
+                found = engine.next_piece(
+                    fd,
+                    at,
+                    interval.end,
+                    max_pages=self._size.pages,
+                    max_span=policy.MAX_PIECE_BYTES,
+                    gap=policy.GAP_BYTES,
+                )
+            except OSError as error:
+                raise self._meaning(error) from error
+            if found is None:
+                break
+            start, end, pages = found
+            whole = Range(start, end)
+            outcome = Outcome.MOVED
+            for piece in self._own_parts(fd, whole, pages) if self._forked else [whole]:
+                outcome = self._move_piece(piece)
+                if outcome is Outcome.NO_ROOM and self._size.halve():
+                    end = piece.start
+                    break
+                if outcome in (Outcome.BUSY, Outcome.CHANGED):
+                    again.append(piece)
+                elif outcome is not Outcome.MOVED:
+                    self._skipped[outcome.name.lower()] += piece.length_bytes
+            at = end
+            self._done_bytes += pages * PAGE
+            self._progress(DumpProgress(self._pid, min(self._done_bytes, self._total_bytes), self._total_bytes))
+        return again
+
+    def _own_parts(self, fd: int, whole: Range, pages: int) -> list[Range]:
+        """After a fork: what of a piece no living child shares, made the target's own.
+
+        The kernel goes on taking such a page for shared until it is written; a write fault here, while the target
+        runs, spares the pin pass one inside the stop. What a child does share would be copied for nothing.
+        """
+        parts = [part for part in procfs.exclusive_runs(fd, whole) if part.npages >= MIN_PART_PAGES]
+        self._skipped["shared_with_child"] += max(0, pages * PAGE - total_bytes(parts))
+        for first in range(0, len(parts), agent.RUNS):
+            runs = tuple((part.start, part.length_bytes) for part in parts[first : first + agent.RUNS])
+            with contextlib.suppress(OSError):  # unmapped meanwhile: the stop looks again
+                self._native.call(agent.Message(agent.Kind.ADVISE, value=_MADV_POPULATE_WRITE, runs=runs).pack())
+        return parts
+
+    def _move_piece(self, interval: Range) -> Outcome:
+        while len(self._flying) >= IN_FLIGHT:
+            self._land()
+        piece = engine.Piece(self._native, interval.start, interval.end, self._hint)
+        report = piece.move()
+        self._stops.append(report.stop_ns)
+        if report.outcome is not Outcome.MOVED:
+            piece.close()
+            self._fail_on(report.outcome, report.cause)
+            return report.outcome
+        self._size.learn(report.stop_ns, report.until_stopped_ns, report.present)
+        for name in ("aside", "clean", "zero", "pinned"):
+            self._pages[name] += getattr(report, name)
+        self._flying.append(piece)
+        piece.pack(self._level)
+        return Outcome.MOVED
+
+    def _land(self) -> None:
+        """See the oldest piece through: packed, then its staging dropped."""
+        piece = self._flying[0]
+        report = piece.wait()
+        self._pages["packed_zero"] += report.zero_pages
+        self._stored_bytes += report.stored_bytes
+        if report.cause:
+            raise self._meaning(OSError(-report.cause, os.strerror(-report.cause)))
+        try:
+            piece.drop(DROP_SLICE_BYTES, DROP_BREATH_US)
+        except OSError as error:
+            raise self._meaning(error) from error
+        self._flying.popleft()
+        piece.close()
+
+    def _abandon(self) -> None:
+        """After a failure: what is aside returns to the target, or stays aside and is served from there."""
+        while self._flying:
+            piece = self._flying.popleft()
+            report = piece.wait()
+            try:
+                if report.cause:
+                    piece.give_back()
+                piece.drop(DROP_SLICE_BYTES, DROP_BREATH_US)
+            except OSError as error:
+                if self._native.alive():
+                    log.warning("pid %d: a piece stays aside: %s", self._pid, error.strerror)
+                    self._session.stuck.append(piece)
+                    continue
+            piece.close()
+
+    def _fail_on(self, outcome: Outcome, cause: int) -> None:
+        if outcome is Outcome.GONE or not self._native.alive():
+            raise TargetGone(self._pid)
+        if outcome is Outcome.TRACED:
+            raise TargetTraced(self._pid)
+        if outcome is Outcome.FAILED:
+            log.warning("pid %d: a piece could not be moved: %s", self._pid, os.strerror(-cause))
+
+    def _meaning(self, error: OSError) -> SnapdError:
+        if error.errno in _FULL:
+            return StoreFull(str(self._state_dir))
+        if error.errno in (errno.ESRCH, errno.EPIPE) or not self._native.alive():
+            return TargetGone(self._pid)
+        return StoreFailed(str(self._state_dir), error.strerror or str(error))

@@ -1,0 +1,283 @@
+"""The manager: all sessions, who may do what with them, and what happens when one ends.
+
+The Backend of the control socket. Owns the table of sessions and the tasks that watch them; the work on a session is
+session.py's and dump.py's, in worker threads.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+from functools import partial
+from typing import TYPE_CHECKING, Final, TypeVar
+
+import trio
+
+from snapd import __version__, engine
+from snapd.daemon import agents, procfs
+from snapd.daemon.dump import Dump
+from snapd.daemon.session import Session, State
+from snapd.engine import NoticeKind
+from snapd.errors import NoSuchProcess, NotCooperating, NotEnoughMemory, NotPermitted, SnapdError, TargetGone
+from snapd.protocol.agent import Kind, Message
+from snapd.protocol.reports import DaemonInfo, DumpProgress, DumpReport, RestoreReport, StatusReport
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from snapd.daemon.agents import AgentSocket
+    from snapd.daemon.server import Peer, Progress
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+FRAME_ERRORS: Final = {
+    0: "",
+    2: "its check does not match",
+    3: "it does not decode",
+    4: "it can't be read",
+    5: "its entry makes no sense",
+}
+RETRY_SHUTDOWN_S: Final = 1.0
+CHILD_PID_TRIES: Final = 50
+CHILD_PID_DELAY_S: Final = 0.02
+
+
+class Manager:
+    """All sessions of one daemon."""
+
+    def __init__(self, state_dir: Path, nursery: trio.Nursery) -> None:
+        """Keep stores in `state_dir`; watch sessions by tasks of `nursery`."""
+        self._state_dir = state_dir
+        self._nursery = nursery
+        self._sessions: dict[int, Session] = {}  # by the engine's key
+        self._threads = trio.CapacityLimiter(64)
+        self._refused: set[tuple[int, str]] = set()
+
+    def handlers(self) -> dict[Kind, agents.Handler]:
+        """Return what to do with the first message of an agent's connection."""
+        return {Kind.HELLO: self._hello, Kind.FORK_WAIT: self._fork_wait, Kind.LEAVE_WAIT: self._leave_wait}
+
+    @staticmethod
+    def may(peer: Peer) -> bool:
+        """Whether an agent of this peer may have a session here: root serves all, a user serves its own."""
+        return os.geteuid() in (0, peer.uid)
+
+    def _find(self, pid: int) -> Session | None:
+        return next((one for one in self._sessions.values() if one.pid == pid and one.state is not State.GONE), None)
+
+    def _authorised(self, peer: Peer, pid: int) -> Session:
+        session = self._find(pid)
+        owner = session.uid if session else procfs.uid(pid)
+        if owner is None or not (session or procfs.exists(pid)):
+            raise NoSuchProcess(pid)
+        if peer.uid not in (0, owner):
+            raise NotPermitted(pid, peer.uid)
+        if session is None or not session.has_agent:
+            raise NotCooperating(pid)
+        return session
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        return await trio.to_thread.run_sync(work, limiter=self._threads)
+
+    def _from_thread(self, progress: Progress) -> Progress:
+        token = trio.lowlevel.current_trio_token()
+
+        def report(value: DumpProgress) -> None:
+            token.run_sync_soon(progress, value, idempotent=False)
+
+        return report
+
+    async def dump(self, peer: Peer, pid: int, *, level: int | None, progress: Progress) -> DumpReport:
+        """Do one dump; SessionBusy while another of this session runs."""
+        session = self._authorised(peer, pid)
+        session.refuse_second_dump()
+        async with session.doing(State.DUMPING):
+            if procfs.uid(pid) not in (session.uid, None):
+                log.info("pid %d: its user changed: it is let go", pid)
+                await self._in_thread(partial(session.restore, lambda _: None))
+                raise NotPermitted(pid, peer.uid)
+            work = Dump(session, self._state_dir, level, self._from_thread(progress))
+            report = await self._in_thread(work.run)
+            if session.store is not None:
+                await self._in_thread(session.store.trim)
+        log.info(
+            "pid %d: dumped %d MiB in %.2f s, %d stops, longest %d us",
+            pid,
+            report.moved_bytes >> 20,
+            report.duration_s,
+            report.stops,
+            report.longest_stop_us,
+        )
+        return report
+
+    async def restore(self, peer: Peer, pid: int, *, progress: Progress) -> RestoreReport:
+        """Bring every page back."""
+        session = self._authorised(peer, pid)
+        async with session.doing(State.RESTORING):
+            return await self._in_thread(partial(session.restore, self._from_thread(progress)))
+
+    async def detach(self, peer: Peer, pid: int) -> None:
+        """Bring every page back and end the session; its agent does not come again."""
+        await self._detach(self._authorised(peer, pid))
+
+    async def _detach(self, session: Session) -> None:
+        async with session.doing(State.DETACHING):
+            await self._in_thread(partial(session.restore, lambda _: None))
+            await self._in_thread(session.leave_agent)
+            session.gone.set()
+
+    async def status(self, peer: Peer, pid: int | None) -> StatusReport:
+        """Return the sessions that the peer may see."""
+        if pid is not None and self._find(pid) is None:
+            self._authorised(peer, pid)
+        seen = [
+            one
+            for one in self._sessions.values()
+            if one.state is not State.GONE and peer.uid in (0, one.uid) and pid in (None, one.pid)
+        ]
+        infos = [await self._in_thread(one.info) for one in sorted(seen, key=lambda one: one.pid)]
+        return StatusReport(DaemonInfo(os.getpid(), None, __version__), tuple(infos))
+
+    async def _hello(self, sock: AgentSocket, hello: Message, peer: Peer) -> None:
+        old = self._find(peer.pid)
+        if old is not None:
+            # The program has been replaced by exec, and its new agent was quicker than the end of the old connection.
+            with trio.move_on_after(agents.HANDSHAKE_S):
+                await old.gone.wait()
+        try:
+            with trio.fail_after(agents.HANDSHAKE_S):
+                session = await agents.make_session(sock, hello, peer, self._state_dir)
+        except TargetGone:
+            raise
+        except SnapdError as error:
+            # Its agent comes again and again: the same reason is worth one line.
+            if (peer.pid, type(error).__name__) in self._refused:
+                return
+            self._refused.add((peer.pid, type(error).__name__))
+            raise
+        log.info("pid %d (%s): attached", session.pid, session.comm())
+        self._add(session)
+
+    def _add(self, session: Session) -> None:
+        self._sessions[session.native.key] = session
+        self._nursery.start_soon(self._watch, session)
+
+    async def _watch(self, session: Session) -> None:
+        await session.wait_end()
+        session.gone.set()
+        async with session.operation:
+            key = session.native.key
+            session.become(State.GONE)
+            self._sessions.pop(key, None)
+            with trio.CancelScope(shield=True):
+                await self._in_thread(session.close)
+        log.log(logging.INFO if session.has_agent else logging.DEBUG, "pid %d: gone", session.pid)
+
+    async def _fork_wait(self, sock: AgentSocket, hello: Message, peer: Peer) -> None:
+        """A program without fork events is about to fork: everything in first, and no dump until it has forked."""
+        session = self._find(peer.pid)
+        if session is None:
+            await sock.send(hello)
+            return
+        async with session.doing(State.RESTORING):
+            await self._in_thread(partial(session.restore, lambda _: None))
+            await sock.send(hello)
+            await sock.wait_closed()
+
+    async def _leave_wait(self, sock: AgentSocket, hello: Message, peer: Peer) -> None:
+        session = self._find(peer.pid)
+        if session is not None:
+            await self._detach(session)
+        await sock.send(hello)
+
+    async def listen_to_engine(self) -> None:
+        """Take the engine's notices until cancelled."""
+        fd = engine.notice_fd()
+        while True:
+            await trio.lowlevel.wait_readable(fd)
+            os.read(fd, 8)
+            for notice in engine.notices():
+                self._notice(notice)
+
+    def _notice(self, notice: engine.Notice) -> None:
+        session = self._sessions.get(notice.session)
+        name = f"pid {session.pid}" if session else "a target"
+        match notice.kind:
+            case NoticeKind.CHILD:
+                native = engine.Session(notice.child)
+                parent = session or None
+                child = Session(
+                    native,
+                    None,
+                    pid=0,
+                    uid=parent.uid if parent else 0,
+                    sentinel=parent.sentinel if parent else 0,
+                    parent=parent,
+                )
+                self._add(child)
+                self._nursery.start_soon(self._name_child, child)
+            case NoticeKind.GONE:
+                if session:
+                    session.gone.set()
+            case NoticeKind.BAD_FRAME:
+                reason = FRAME_ERRORS.get(notice.cause, os.strerror(notice.cause))
+                log.error("%s: the page at %#x is lost: %s; touching it raises SIGBUS", name, notice.address, reason)
+            case NoticeKind.TROUBLE:
+                log.warning("%s: %s (at %#x)", name, os.strerror(abs(notice.cause)), notice.address)
+
+    async def _name_child(self, child: Session) -> None:
+        """Find the pid of a forked child: it is the process that has our nonce on its sentinel page."""
+        child.nonce = secrets.randbits(63) | 1
+        for _ in range(CHILD_PID_TRIES):
+            if child.state is State.GONE or child.gone.is_set():
+                return
+            child.native.mark(child.nonce)
+            relatives = procfs.children(child.parent.pid) if child.parent and child.parent.pid else []
+            known = {one.pid for one in self._sessions.values()}
+            for pid in [one for one in relatives if one not in known] or procfs.processes():
+                if pid not in known and _nonce_of(pid, child.sentinel) == child.nonce:
+                    child.pid = pid
+                    child.native.set_pid(pid)
+                    return
+            await trio.sleep(CHILD_PID_DELAY_S)
+
+    async def give_everything_back(self) -> None:
+        """Restore all sessions, for the end of the daemon. What does not fit into memory is said, and waits."""
+        told: set[int] = set()
+        while True:
+            waiting = False
+            for session in list(self._sessions.values()):
+                try:
+                    async with session.doing(State.RESTORING):
+                        if not session.pid:
+                            await self._in_thread(lambda one=session: one.native.restore(0, 1 << 47))  # type: ignore[misc]
+                        else:
+                            await self._in_thread(partial(session.restore, lambda _: None))
+                        await self._in_thread(session.empty_agent)
+                except TargetGone:
+                    continue
+                except NotEnoughMemory as error:
+                    waiting = True
+                    if session.pid not in told:
+                        told.add(session.pid)
+                        log.warning("%s", error)
+            if not waiting:
+                return
+            await trio.sleep(RETRY_SHUTDOWN_S)
+
+
+def _nonce_of(pid: int, address: int) -> int:
+    try:
+        fd = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return 0
+    try:
+        return int.from_bytes(os.pread(fd, 8, address), "little")
+    except OSError:
+        return 0
+    finally:
+        os.close(fd)

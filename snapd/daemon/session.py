@@ -1,0 +1,286 @@
+"""A session: all that the daemon knows of one target, and what may be done with it when.
+
+Owns the state machine, the engine's handle, the target's pidfd and the way to its agent. Its operations are plain
+functions that run in worker threads; `manager` decides who may call them. Knows nothing of the control socket.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import errno
+import os
+import select
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from snapd import engine
+from snapd.daemon import procfs
+from snapd.errors import NotEnoughMemory, SessionBusy, TargetGone
+from snapd.pages import PAGE, Range
+from snapd.protocol import agent
+from snapd.protocol.reports import DumpProgress, RestoreReport, SessionInfo
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator
+
+    from snapd.daemon.procfs import Mapping
+
+MADV_DOFORK: Final = 11
+MADV_DONTFORK: Final = 10
+
+# The whole of what user space can map.
+_EVERYWHERE: Final = (0, 1 << 47)
+
+
+class State(enum.Enum):
+    """What a session is doing; docs/design.md has the table."""
+
+    ATTACHED = "attached"
+    DUMPING = "dumping"
+    RESTORING = "restoring"
+    DETACHING = "detaching"
+    GONE = "gone"
+
+
+TRANSITIONS: Final = {
+    State.ATTACHED: {State.DUMPING, State.RESTORING, State.DETACHING, State.GONE},
+    State.DUMPING: {State.ATTACHED, State.GONE},
+    State.RESTORING: {State.ATTACHED, State.GONE},
+    State.DETACHING: {State.ATTACHED, State.GONE},
+    State.GONE: set(),
+}
+
+
+class Session:
+    """One target. Create it with descriptors that the engine has taken over."""
+
+    def __init__(
+        self,
+        native: engine.Session,
+        store: engine.Store | None,
+        *,
+        pid: int,
+        uid: int,
+        pidfd: int = -1,
+        agent_sock: int = -1,
+        own: tuple[Range, ...] = (),
+        sentinel: int = 0,
+        fork_events: bool = True,
+        parent: Session | None = None,
+    ) -> None:
+        """Wrap a running engine session; `own` are the agent's ranges, `agent_sock` its connection, if it has one."""
+        self.native = native
+        self.store = store
+        self.pid = pid
+        self.uid = uid
+        self.pidfd = pidfd
+        self.own = own
+        self.sentinel = sentinel
+        self.fork_events = fork_events
+        self.parent = parent
+        self.nonce = 0
+        self.state = State.ATTACHED
+        self.stuck: list[engine.Piece] = []
+        self.gone = trio.Event()
+        self.operation = trio.Lock()
+        self.has_agent = agent_sock >= 0
+        self._hangup: select.epoll | None = None
+        if self.has_agent:
+            self._hangup = select.epoll()
+            # Replies during a dump are the engine's: only the end of the connection is of interest here.
+            self._hangup.register(agent_sock, select.EPOLLRDHUP)
+
+    def become(self, state: State) -> None:
+        """Change the state; RuntimeError for a change that the table does not have."""
+        if state not in TRANSITIONS[self.state]:
+            raise RuntimeError(f"a session that is {self.state.value} cannot become {state.value}")
+        self.state = state
+
+    @contextlib.asynccontextmanager
+    async def doing(self, state: State) -> AsyncIterator[None]:
+        """Hold the session for one operation; raises TargetGone when it ended before its turn."""
+        async with self.operation:
+            if self.state is State.GONE:
+                raise TargetGone(self.pid)
+            self.become(state)
+            try:
+                yield
+            finally:
+                self.become(State.ATTACHED)
+
+    def refuse_second_dump(self) -> None:
+        """Raise SessionBusy while a dump runs: two at once would only wait for each other."""
+        if self.state is State.DUMPING:
+            raise SessionBusy(self.pid)
+
+    async def wait_end(self) -> None:
+        """Return when the process has exited, or when the agent's connection has ended."""
+        async with trio.open_nursery() as nursery:
+
+            async def wait(fd: int) -> None:
+                await trio.lowlevel.wait_readable(fd)
+                nursery.cancel_scope.cancel()
+
+            if self.pidfd >= 0:
+                nursery.start_soon(wait, self.pidfd)
+            if self._hangup is not None:
+                nursery.start_soon(wait, self._hangup.fileno())
+            nursery.start_soon(self.gone.wait)
+
+    def comm(self) -> str:
+        """Return the program's name, or '?' when it is not known."""
+        try:
+            return Path(f"/proc/{self.pid}/comm").read_text(errors="replace").rstrip("\n")
+        except OSError:
+            return "?"
+
+    def info(self) -> SessionInfo:
+        """Return the session's figures; a walk over the page map, for a worker thread."""
+        counts, stats = self.native.counts(), self.native.stats()
+        return SessionInfo(
+            pid=self.pid,
+            uid=self.uid,
+            comm=self.comm(),
+            state=self.state.value,
+            resident_bytes=procfs.resident_bytes(self.pid) if self.pid else 0,
+            swapped_bytes=(counts.stored + counts.aside) * PAGE,
+            stored_bytes=counts.frame_bytes,
+            faults=stats.faults,
+            fault_p50_us=stats.percentile(0.50),
+            fault_p99_us=stats.percentile(0.99),
+            bad_pages=counts.bad,
+            parent=self.parent.pid if self.parent else None,
+        )
+
+    def left_bytes(self) -> int:
+        """Return what is out of the target."""
+        counts = self.native.counts()
+        return (counts.stored + counts.aside) * PAGE
+
+    def watched_mappings(self) -> list[Mapping]:
+        """Return the mappings that our userfaultfd watches, the sentinel's left out."""
+        found = []
+        with pagemap(self.pid) as fd:
+            for mapping in procfs.maps(self.pid):
+                private = mapping.permissions[3] == "p" and not mapping.inode
+                if private and mapping.start != self.sentinel and engine.watched(fd, mapping.start):
+                    found.append(mapping)
+        return found
+
+    def restore(self, progress: Callable[[DumpProgress], None]) -> RestoreReport:
+        """Bring every page back and stop watching; for a worker thread.
+
+        Raises TargetGone, or NotEnoughMemory with what is still out and goes on being served.
+        """
+        began = time.monotonic()
+        total = self.left_bytes()
+        pages = 0
+        try:
+            for start, end in _slices(self.native.regions()):
+                pages += self.native.restore(start, end)
+                progress(DumpProgress(self.pid, min(pages * PAGE, total), total))
+            pages += self.native.restore(*_EVERYWHERE)  # what moved meanwhile
+            self._release()
+        except OSError as error:
+            raise self._meaning(error) from error
+        self._drop_stuck()
+        return RestoreReport(pid=self.pid, restored_bytes=pages * PAGE, duration_s=time.monotonic() - began)
+
+    def _release(self) -> None:
+        # What a fork leaves out and we watch is what we made so: such mappings are never chosen by themselves.
+        forbidden = [] if self.fork_events else self.watched_mappings()
+        for attempt in range(3):
+            busy = False
+            for mapping in self.watched_mappings():
+                try:
+                    self.native.release(mapping.start, mapping.end)
+                except OSError as error:
+                    if error.errno not in (errno.EBUSY, errno.ENOENT, errno.EINVAL):
+                        raise
+                    busy = True  # it changed since the maps were read, or a page came in between
+            if not busy:
+                break
+            if attempt < 2:
+                self.native.restore(*_EVERYWHERE)
+        if not self.fork_events:
+            self.advise(forbidden, MADV_DOFORK)
+            self.tell_fork_wait(on=False)
+
+    def advise(self, mappings: list[Mapping], advice: int) -> None:
+        """Have the agent give `advice` on whole mappings; a mapping that is gone is no error."""
+        for first in range(0, len(mappings), agent.RUNS):
+            runs = tuple((one.start, one.end - one.start) for one in mappings[first : first + agent.RUNS])
+            with contextlib.suppress(OSError):
+                self.native.call(agent.Message(agent.Kind.ADVISE, value=advice, runs=runs).pack())
+
+    def forbid_fork(self, mappings: list[Mapping]) -> None:
+        """Without fork events: a raw fork must not find zeros, so the child gets nothing at all of `mappings`."""
+        self.tell_fork_wait(on=True)
+        self.advise(mappings, MADV_DONTFORK)
+
+    def tell_fork_wait(self, *, on: bool) -> None:
+        """Tell the agent whether its fork handler must ask us first."""
+        self.native.call(agent.Message(agent.Kind.FLAGS, value=agent.FLAG_FORK_WAIT if on else 0).pack())
+
+    def _drop_stuck(self) -> None:
+        for piece in self.stuck:
+            with contextlib.suppress(OSError):
+                piece.drop(4 << 20, 1000)
+            piece.close()
+        self.stuck.clear()
+
+    def _meaning(self, error: OSError) -> Exception:
+        if error.errno == errno.ENOMEM:
+            return NotEnoughMemory(self.pid, self.left_bytes())
+        if error.errno in (errno.ESRCH, errno.EPIPE) or not self.native.alive():
+            return TargetGone(self.pid)
+        return error
+
+    def leave_agent(self) -> None:
+        """Tell the agent to let go for good; it may be gone."""
+        if self.has_agent:
+            with contextlib.suppress(OSError):
+                self.native.call(agent.Message(agent.Kind.LEAVE).pack())
+
+    def empty_agent(self) -> None:
+        """Tell the agent that nothing of it is out: it may greet the next daemon as new."""
+        if self.has_agent:
+            with contextlib.suppress(OSError):
+                self.native.call(agent.Message(agent.Kind.HOLD).pack())
+
+    def close(self) -> None:
+        """End the engine's half and close what is ours; for a worker thread."""
+        for piece in self.stuck:
+            piece.close()
+        self.stuck.clear()
+        self.native.close()
+        if self.store is not None:
+            self.store.release()
+        if self._hangup is not None:
+            self._hangup.close()
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
+
+
+@contextlib.contextmanager
+def pagemap(pid: int) -> Iterator[int]:
+    """Open /proc/PID/pagemap for a while; TargetGone when the process is."""
+    try:
+        fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    except (FileNotFoundError, ProcessLookupError):
+        raise TargetGone(pid) from None
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _slices(regions: list[engine.Region], size: int = 64 << 20) -> Iterator[tuple[int, int]]:
+    for region in regions:
+        end = region.start + region.npages * PAGE
+        for at in range(region.start, end, size):
+            yield at, min(at + size, end)

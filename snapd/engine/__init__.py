@@ -1,0 +1,411 @@
+"""The engine: C threads that answer faults, move pieces and pack pages, as typed Python objects.
+
+The only importer of the compiled module. Owns handles and the meaning of its return codes; every call lets the GIL
+go while C works. Knows nothing of trio, sockets or policy.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import threading
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, Self
+
+from snapd.engine import codec
+from snapd.engine._engine import ffi, lib
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+WIRE_BYTES: Final = 1024
+
+
+class Outcome(enum.IntEnum):
+    """What became of a piece: `enum sn_outcome`."""
+
+    MOVED = 0
+    CHANGED = 1
+    BUSY = 2
+    TRACED = 3
+    FOREIGN = 4
+    NO_ROOM = 5
+    GONE = 6
+    SEALED = 7
+    FAILED = 8
+
+
+class NoticeKind(enum.IntEnum):
+    """What the engine has to say by itself: `enum sn_notice_kind`."""
+
+    CHILD = 1
+    GONE = 2
+    BAD_FRAME = 3
+    TROUBLE = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """One notice; `session` and `child` are handles' addresses, `cause` an errno, a frame error, or 0."""
+
+    kind: NoticeKind
+    cause: int
+    session: int
+    child: Any
+    address: int
+    value: int
+
+
+@dataclass(frozen=True, slots=True)
+class PieceReport:
+    """What one stop did; pages by what they are, times in nanoseconds."""
+
+    outcome: Outcome
+    cause: int
+    stop_ns: int
+    until_stopped_ns: int
+    present: int
+    aside: int
+    clean: int
+    zero: int
+    guards: int
+    pinned: int
+    huge: int
+    threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class PackReport:
+    """What packing one piece gave; `cause` is a negative errno when it failed."""
+
+    cause: int
+    stored_pages: int
+    stored_bytes: int
+    zero_pages: int
+    lost_races: int
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Pages of a session by state."""
+
+    none: int
+    aside: int
+    stored: int
+    filled: int
+    zero: int
+    guard: int
+    bad: int
+    moving: int
+    frame_bytes: int
+    ranges: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Counters of a session since its start; `histogram` has the fills by time (see `percentile`)."""
+
+    faults: int
+    filled_zero: int
+    filled_aside: int
+    filled_stored: int
+    retries: int
+    bad_pages: int
+    forks: int
+    remaps: int
+    removes: int
+    unmaps: int
+    histogram: tuple[int, ...] = field(repr=False)
+
+    def percentile(self, share: float) -> float | None:
+        """Return the time in microseconds under which `share` (0 to 1) of the fills stayed, or None for no fill."""
+        total = sum(self.histogram)
+        seen = 0
+        for bucket, count in enumerate(self.histogram):
+            seen += count
+            if total and seen >= share * total:
+                return float(bucket if bucket < 8 else (4 + bucket % 4 + 1) << (bucket // 4 - 1))
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A row of the range table."""
+
+    start: int
+    npages: int
+    first: int
+    aside: int
+
+
+@dataclass(frozen=True, slots=True)
+class ThreadPlace:
+    """Where a thread's stack pointer and TLS were when it stood."""
+
+    tid: int
+    stack: int
+    tls: int
+
+
+_started: Any = None
+_start_lock = threading.Lock()
+
+
+def start(packers: int) -> str:
+    """Start the packing threads once a process; returns where libzstd comes from. Raises ImportError or OSError."""
+    global _started  # noqa: PLW0603 - the engine is one a process, as its threads are
+    with _start_lock:
+        if _started is None:
+            addresses, source, keep = codec.load()
+            table = ffi.new("struct sn_codec *")
+            for name, address in addresses.items():
+                setattr(table, name, ffi.cast("void *", address))
+            check(lib.sn_init(table, packers))
+            _started = (source, keep)
+        return str(_started[0])
+
+
+def check(result: int) -> int:
+    """Return `result`, or raise OSError when it is a negative errno."""
+    if result < 0:
+        raise OSError(-result, os.strerror(-result))
+    return result
+
+
+def notice_fd() -> int:
+    """Return the eventfd that becomes readable when there are notices."""
+    return check(lib.sn_notice_fd())
+
+
+def notices() -> Iterator[Notice]:
+    """Take all notices that are there."""
+    raw = ffi.new("struct sn_notice *")
+    while lib.sn_next_notice(raw):
+        yield Notice(NoticeKind(raw.kind), raw.cause, _address(raw.session), raw.child or None, raw.address, raw.value)
+
+
+def _address(handle: Any) -> int:
+    return int(ffi.cast("uintptr_t", handle))
+
+
+def uffd_api(uffd: int, *, with_fork: bool) -> int:
+    """Enable a new userfaultfd's features and return them; OSError (EPERM without CAP_SYS_PTRACE, EINVAL)."""
+    features = ffi.new("uint64_t *")
+    check(lib.sn_uffd_api(uffd, with_fork, features))
+    return int(features[0])
+
+
+def uffd_register(uffd: int, start: int, length: int) -> None:
+    """Watch one whole mapping for missing pages and writes; OSError (EBUSY: another userfaultfd has it)."""
+    check(lib.sn_uffd_register(uffd, start, length))
+
+
+def same_memory(pid: int, other: int) -> bool:
+    """Whether two processes share one address space; False where the kernel does not tell."""
+    return bool(lib.sn_same_memory(pid, other) == 1)
+
+
+def watched(pagemap_fd: int, address: int) -> bool:
+    """Whether the page at `address` is registered for asynchronous write-protection."""
+    return bool(lib.sn_watched(pagemap_fd, address) == 1)
+
+
+def next_piece(
+    pagemap_fd: int, start: int, end: int, *, max_pages: int, max_span: int, gap: int
+) -> tuple[int, int, int] | None:
+    """Return the next interval of [start, end) with memory and how many pages have it, or None at the end."""
+    found = ffi.new("uint64_t[3]")
+    if check(lib.sn_next_piece(pagemap_fd, start, end, max_pages, max_span, gap, found)) == 0:
+        return None
+    return found[0], found[1], found[2]
+
+
+def page_map_create() -> int:
+    """Return a new page map memfd, sealed against shrinking, mode 0600."""
+    return check(lib.sn_page_map_create())
+
+
+class Store:
+    """An open store that sessions share; owns its descriptor."""
+
+    def __init__(self, fd: int, store_id: bytes, tail: int) -> None:
+        """Take over `fd`, whose frames so far end at `tail`."""
+        self.fd = fd
+        self.handle = lib.sn_store_open(fd, store_id, tail)
+        if not self.handle:
+            raise MemoryError
+
+    def tail(self) -> int:
+        """Return the size of the file in bytes, holes included."""
+        return self._stats()[0]
+
+    def trimmed_bytes(self) -> int:
+        """Return the bytes that went back to the file system."""
+        return self._stats()[1]
+
+    def _stats(self) -> tuple[int, int]:
+        stats = ffi.new("struct sn_store_stats *")
+        lib.sn_store_stats(self.handle, stats)
+        return stats.tail, stats.trimmed_bytes
+
+    def trim(self) -> None:
+        """Give the space of dead segments back; OSError as fallocate gives it."""
+        check(lib.sn_store_trim(self.handle))
+
+    def release(self) -> None:
+        """Let go; the last session that uses the store closes it."""
+        if self.handle:
+            lib.sn_store_release(self.handle)
+            self.handle = None
+
+
+class Session:
+    """The engine's half of a session: three descriptors, the reader thread, the page map."""
+
+    def __init__(self, handle: Any) -> None:
+        """Wrap a handle that the engine gave out."""
+        self.handle = handle
+
+    @classmethod
+    def create(
+        cls, store: Store, *, pid: int, uffd: int, page_map: int, agent_sock: int, sentinel: int, tids: tuple[int, int]
+    ) -> Self:
+        """Start serving a target; takes the descriptors over. OSError when it can't, and then takes none."""
+        target = ffi.new("struct sn_target *")
+        target.pid, target.uffd, target.page_map, target.agent_sock = pid, uffd, page_map, agent_sock
+        target.sentinel = sentinel
+        target.agent_tids[0], target.agent_tids[1] = tids
+        error = ffi.new("int *")
+        handle = lib.sn_session_create(target, store.handle, error)
+        if not handle:
+            check(error[0])
+            raise MemoryError
+        return cls(handle)
+
+    @property
+    def key(self) -> int:
+        """The handle's address, as notices name it."""
+        return _address(self.handle)
+
+    def close(self) -> None:
+        """End the threads and close the descriptors. What is out then is served by nobody here."""
+        handle, self.handle = self.handle, None
+        if handle:
+            lib.sn_session_close(handle)
+
+    def set_pid(self, pid: int) -> None:
+        """Name the process, once it is known."""
+        lib.sn_session_set_pid(self.handle, pid)
+
+    def alive(self) -> bool:
+        """Whether the address space still exists."""
+        return bool(lib.sn_session_alive(self.handle))
+
+    def mark(self, nonce: int) -> bool:
+        """Put `nonce` on the sentinel page; False when the address space is gone."""
+        result = lib.sn_session_mark(self.handle, nonce)
+        return bool(result == 0)
+
+    def stats(self) -> Stats:
+        """Return the counters."""
+        raw = ffi.new("struct sn_stats *")
+        lib.sn_session_stats(self.handle, raw)
+        counters = {name: getattr(raw, name) for name in Stats.__slots__ if name != "histogram"}
+        return Stats(**counters, histogram=tuple(raw.histogram))
+
+    def counts(self) -> Counts:
+        """Count pages by state: a walk over all entries."""
+        raw = ffi.new("struct sn_counts *")
+        lib.sn_session_counts(self.handle, raw)
+        return Counts(*(getattr(raw, name) for name in Counts.__slots__))
+
+    def regions(self) -> list[Region]:
+        """Return the range table."""
+        capacity = 1024
+        while True:
+            raw = ffi.new("struct sn_region[]", capacity)
+            n = lib.sn_session_regions(self.handle, raw, capacity)
+            if n <= capacity:
+                return [Region(raw[i].start, raw[i].npages, raw[i].first, raw[i].aside) for i in range(n)]
+            capacity = int(n) + 256
+
+    def take_forked(self) -> bool:
+        """Whether the target forked since the last call."""
+        return bool(lib.sn_session_take_forked(self.handle))
+
+    def survey(self) -> tuple[Outcome, list[ThreadPlace], int]:
+        """Stop the target once and return where its threads' stacks and TLS are, and the stop's nanoseconds."""
+        capacity = 8192
+        raw, n, stop_ns = ffi.new("struct sn_thread[]", capacity), ffi.new("int *"), ffi.new("uint64_t *")
+        outcome = Outcome(lib.sn_survey(self.handle, raw, capacity, n, stop_ns))
+        return outcome, [ThreadPlace(raw[i].tid, raw[i].stack, raw[i].tls) for i in range(n[0])], int(stop_ns[0])
+
+    def call(self, message: bytes) -> bytes:
+        """Send one command to the agent and return its reply; OSError carries the reply's status."""
+        raw = ffi.new("char[]", message.ljust(WIRE_BYTES, b"\0"))
+        check(lib.sn_agent_call(self.handle, raw))
+        return bytes(ffi.buffer(raw, WIRE_BYTES))
+
+    def restore(self, start: int, end: int) -> int:
+        """Bring all pages of [start, end) back; returns how many. OSError: ENOMEM no room, ESRCH gone."""
+        pages = ffi.new("uint64_t *")
+        check(lib.sn_restore(self.handle, start, end, pages))
+        return int(pages[0])
+
+    def release(self, start: int, end: int) -> None:
+        """Stop watching whole mappings; OSError EBUSY while a page of them is out."""
+        check(lib.sn_release(self.handle, start, end))
+
+    def trim(self) -> None:
+        """Give memory of unused page-map entries back."""
+        lib.sn_page_map_trim(self.handle)
+
+
+class Piece:
+    """One interval on its way to the store: move, pack, wait, drop. Close it at the end."""
+
+    def __init__(self, session: Session, start: int, end: int, hint: int) -> None:
+        """Prepare; `hint` is the start of a wide hole in the target. MemoryError when too many are on their way."""
+        self.start, self.end = start, end
+        self._handle = lib.sn_piece_create(session.handle, start, end, hint)
+        if not self._handle:
+            raise MemoryError
+
+    def move(self) -> PieceReport:
+        """Stop the target, move the interval aside, look, pin pass, let it go on."""
+        raw = ffi.new("struct sn_piece_report *")
+        lib.sn_piece_move(self._handle, raw)
+        values = {name: getattr(raw, name) for name in PieceReport.__slots__ if name != "outcome"}
+        return PieceReport(outcome=Outcome(raw.outcome), **values)
+
+    def pack(self, level: int) -> None:
+        """Queue the pages for the packing threads."""
+        check(lib.sn_piece_pack(self._handle, level))
+
+    def wait(self) -> PackReport:
+        """Wait until the packing threads are through."""
+        raw = ffi.new("struct sn_pack_report *")
+        lib.sn_piece_wait(self._handle, raw)
+        return PackReport(*(getattr(raw, name) for name in PackReport.__slots__))
+
+    def give_back(self) -> None:
+        """After a failed store: return what is still aside to the target. OSError EAGAIN: some must wait aside."""
+        check(lib.sn_piece_return(self._handle))
+
+    def drop(self, slice_bytes: int, breath_us: int) -> None:
+        """Unmap the staging. OSError EBUSY while a page has no other home."""
+        check(lib.sn_piece_drop(self._handle, slice_bytes, breath_us))
+
+    def close(self) -> None:
+        """Forget the piece."""
+        handle, self._handle = self._handle, None
+        if handle:
+            lib.sn_piece_free(handle)
+
+
+def bench_codec(pages: bytes, level: int, threads: int) -> tuple[float, float, int]:
+    """Return the seconds to compress and to decompress `pages` on `threads` threads, and the bytes of their frames."""
+    compress, decompress, size = ffi.new("uint64_t *"), ffi.new("uint64_t *"), ffi.new("uint64_t *")
+    data = ffi.from_buffer(pages)
+    check(lib.sn_bench_codec(data, len(pages) // 4096, level, threads, compress, decompress, size))
+    return compress[0] / 1e9, decompress[0] / 1e9, int(size[0])

@@ -1,0 +1,134 @@
+/* The engine as Python sees it. Plain declarations only: this text is also what the cffi facade is made from.
+ *
+ * Functions return 0 or a negative errno unless they say otherwise. Addresses are the target's, sizes are bytes unless
+ * named npages, times are nanoseconds unless named _us. No function may be called with the GIL held by a fill: fills
+ * never call Python.
+ */
+
+/* libzstd by pointers: the engine uses the codec that the Python tools use. */
+struct sn_codec {
+	void *create_cctx, *free_cctx, *set_cctx, *compress2;
+	void *create_dctx, *free_dctx, *decompress_dctx, *is_error;
+};
+
+enum sn_notice_kind { SN_NOTICE_CHILD = 1, SN_NOTICE_GONE = 2, SN_NOTICE_BAD_FRAME = 3, SN_NOTICE_TROUBLE = 4 };
+struct sn_notice {
+	int kind, cause; /* cause: errno, or 0 */
+	struct sn_session *session; /* CHILD: the parent */
+	struct sn_session *child;
+	uint64_t address, value;
+};
+
+struct sn_store_stats {
+	uint64_t tail, live_frames, dead_segments, trimmed_bytes;
+};
+
+/* What makes a target: agent_sock is -1 for a forked child without an agent. */
+struct sn_target {
+	int pid, uffd, page_map, agent_sock;
+	uint64_t sentinel;
+	int agent_tids[2];
+};
+
+struct sn_stats {
+	uint64_t faults, filled_zero, filled_aside, filled_stored, retries, bad_pages;
+	uint64_t forks, remaps, removes, unmaps;
+	uint64_t histogram[64]; /* fills by time: bucket 4*log2(us) + the next two bits */
+};
+
+struct sn_counts {
+	uint64_t none, aside, stored, filled, zero, guard, bad, moving, frame_bytes, ranges;
+};
+
+enum sn_outcome {
+	SN_MOVED = 0,
+	SN_CHANGED = 1,   /* the mapping is not what was chosen: choose again */
+	SN_BUSY = 2,      /* a thread did not stop in time: put off */
+	SN_TRACED = 3,    /* another tracer */
+	SN_FOREIGN = 4,   /* another userfaultfd watches the range */
+	SN_NO_ROOM = 5,   /* no address space, memory or map slots in the target */
+	SN_GONE = 6,      /* the target is gone */
+	SN_SEALED = 7,    /* the kernel forbids to move it */
+	SN_FAILED = 8     /* cause says why */
+};
+
+struct sn_piece_report {
+	int outcome, cause;
+	uint64_t stop_ns, until_stopped_ns;
+	uint64_t present, aside, clean, zero, guards, pinned, huge; /* pages */
+	int threads;
+};
+
+struct sn_pack_report {
+	int cause;
+	uint64_t stored_pages, stored_bytes, zero_pages, lost_races;
+};
+
+struct sn_region {
+	uint64_t start, npages, first, aside;
+};
+
+int sn_init(const struct sn_codec *codec, int npackers);
+int sn_notice_fd(void);
+int sn_next_notice(struct sn_notice *ret); /* 1 when there was one */
+
+struct sn_store *sn_store_open(int fd, const unsigned char *id, uint64_t tail);
+void sn_store_release(struct sn_store *store);
+void sn_store_stats(struct sn_store *store, struct sn_store_stats *ret);
+int sn_store_trim(struct sn_store *store); /* gives space of dead segments back to the file system */
+
+int sn_page_map_create(void); /* a sealed memfd, or a negative errno */
+
+struct sn_session *sn_session_create(const struct sn_target *target, struct sn_store *store, int *ret_error);
+void sn_session_close(struct sn_session *session);
+int sn_session_pid(struct sn_session *session);
+void sn_session_set_pid(struct sn_session *session, int pid);
+int sn_session_uffd(struct sn_session *session);
+struct sn_store *sn_session_store(struct sn_session *session);
+void sn_session_stats(struct sn_session *session, struct sn_stats *ret);
+void sn_session_counts(struct sn_session *session, struct sn_counts *ret);
+uint64_t sn_session_regions(struct sn_session *session, struct sn_region *ret, uint64_t capacity);
+int sn_session_alive(struct sn_session *session);
+int sn_session_mark(struct sn_session *session, uint64_t nonce); /* puts the nonce on the sentinel page */
+
+int sn_uffd_api(int uffd, int with_fork, uint64_t *ret_features);
+int sn_uffd_register(int uffd, uint64_t start, uint64_t length);
+int sn_same_memory(int pid, int other); /* 1 when both processes share one address space */
+/* Whether the target forked since the last call: pages may be shared with a child until they are written. */
+int sn_session_take_forked(struct sn_session *session);
+/* Stops the target once to see where its threads' stacks and TLS are. Returns an sn_outcome; ret_n: threads seen. */
+struct sn_thread {
+	int tid;
+	uint64_t stack, tls;
+};
+int sn_survey(struct sn_session *session, struct sn_thread *ret, int capacity, int *ret_n, uint64_t *ret_stop_ns);
+/* Next interval worth a piece in [start, end): at most max_pages pages that have memory, not wider than max_span;
+ * ends at a gap wider than gap. ret[0], ret[1]: the interval; ret[2]: pages with memory. Returns 1, 0 at the end. */
+int sn_next_piece(int pagemap_fd, uint64_t start, uint64_t end, uint64_t max_pages, uint64_t max_span, uint64_t gap,
+		  uint64_t *ret);
+int sn_watched(int pagemap_fd, uint64_t address); /* 1: registered for asynchronous write-protect */
+
+/* Steps 2 to 5 of a dump for one piece: stop, move, look, pin pass, go on. hint is a wide hole in the target. */
+struct sn_piece *sn_piece_create(struct sn_session *session, uint64_t start, uint64_t end, uint64_t hint);
+int sn_piece_move(struct sn_piece *piece, struct sn_piece_report *ret);
+/* Step 6, in two halves: queue the piece for the packing threads, and wait until they are done. */
+int sn_piece_pack(struct sn_piece *piece, int level);
+int sn_piece_wait(struct sn_piece *piece, struct sn_pack_report *ret);
+/* Instead of step 7 after a failed store: pages that are still aside return by fills. -EAGAIN: some must wait there. */
+int sn_piece_return(struct sn_piece *piece);
+/* Step 7: unmap the staging in slices of at most slice bytes, breath_us apart. */
+int sn_piece_drop(struct sn_piece *piece, uint64_t slice, unsigned int breath_us);
+void sn_piece_free(struct sn_piece *piece);
+
+/* Brings [start, end) back into the target. ret_pages: pages filled. -ENOMEM when the target has no room. */
+int sn_restore(struct sn_session *session, uint64_t start, uint64_t end, uint64_t *ret_pages);
+/* Stops watching a whole mapping in which nothing is out. -EBUSY while something is. */
+int sn_release(struct sn_session *session, uint64_t start, uint64_t end);
+
+/* One command to the agent; for what needs no engine state. message is a struct snapd_wire of 1024 bytes, in and out. */
+int sn_agent_call(struct sn_session *session, void *message);
+void sn_page_map_trim(struct sn_session *session);
+
+/* Raw limits for benchmarks, measured without a session; MB/s and us are computed by the caller. */
+int sn_bench_codec(const unsigned char *pages, uint64_t npages, int level, int nthreads, uint64_t *ret_compress_ns,
+		   uint64_t *ret_decompress_ns, uint64_t *ret_bytes);

@@ -1,0 +1,313 @@
+/* Fills: the answer to a missing page, from the aside, from the store, or zeros.
+ *
+ * A fill looks the page up and decodes it without the lock, then holds the lock shared to look again and COPY: an event
+ * applied in between changes the entry, and the fill starts anew. No GIL, no allocation, no wait for Python or the agent.
+ */
+#include "internal.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+static const unsigned char zero_page[PAGE] __attribute__((aligned(4096)));
+
+struct place {
+	bool known;
+	uint64_t index, entry, aside;
+};
+
+int filler_init(struct filler *filler)
+{
+	filler->frame = mmap(NULL, 4 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	if (filler->frame == MAP_FAILED)
+		return -errno;
+	filler->page = filler->frame + 3 * PAGE;
+	filler->opener = frame_opener_create();
+	if (!filler->opener) {
+		munmap(filler->frame, 4 * PAGE);
+		return -ENOMEM;
+	}
+	return 0;
+}
+
+void filler_deinit(struct filler *filler)
+{
+	frame_opener_destroy(filler->opener);
+	munmap(filler->frame, 4 * PAGE);
+}
+
+/* For whoever holds the lock, shared or not. */
+static struct place look_up(struct sn_session *session, uint64_t address)
+{
+	const struct table *table = pm_table(&session->pm);
+	long i = pm_find(table, address);
+	struct place place = {.known = i >= 0};
+
+	if (place.known) {
+		const struct record *record = &table->records[i];
+		uint64_t k = (address - record->start) / PAGE;
+
+		place.index = record->first + k;
+		place.entry = session->pm.entries[place.index];
+		place.aside = record->aside ? record->aside + k * PAGE : 0;
+	}
+	return place;
+}
+
+static bool same_place(const struct place *a, const struct place *b)
+{
+	return a->known == b->known && (!a->known || (a->index == b->index && a->entry == b->entry));
+}
+
+/* After a COPY: the page is present. Others may have changed the entry under the shared lock: a packing thread may
+ * have published the frame of what was just copied. */
+static void now_present(struct sn_session *session, const struct place *place)
+{
+	uint64_t old = place->entry, new;
+
+	do {
+		new = entry_has_frame(old) ? ENTRY_WITH(old, ST_FILLED) : ST_NONE;
+	} while (!atomic_compare_exchange_weak(&session->pm.entries[place->index], &old, new));
+	if (ENTRY_STATE(place->entry) == ST_STORED)
+		COUNT(session, filled_stored);
+	else
+		COUNT(session, filled_aside);
+}
+
+static enum frame_error load_frame(struct sn_session *session, struct filler *filler, uint64_t entry, bool nowait)
+{
+	struct iovec iov = {filler->frame, ENTRY_BYTES(entry)};
+	off_t offset = (off_t)ENTRY_OFFSET(entry);
+	ssize_t n;
+
+	if (iov.iov_len < FRAME_HEADER || iov.iov_len > FRAME_MAX)
+		return FRAME_BAD_ENTRY;
+	do {
+		n = preadv2(session->store->fd, &iov, 1, offset, nowait ? RWF_NOWAIT : 0);
+		if (n < 0 && nowait && errno == EOPNOTSUPP) /* a file system that never says: take the wait */
+			n = preadv2(session->store->fd, &iov, 1, offset, nowait = false);
+	} while (n < 0 && errno == EINTR);
+	if (nowait && ((n < 0 && errno == EAGAIN) || (n >= 0 && (size_t)n < iov.iov_len)))
+		return FRAME_WOULD_BLOCK;
+	if (n != (ssize_t)iov.iov_len)
+		return FRAME_BAD_READ;
+	return frame_open(filler->opener, session->store, (uint64_t)offset, filler->frame, iov.iov_len, filler->page);
+}
+
+static enum fill_result result_of(struct sn_session *session, uint64_t address, enum uffd_result result)
+{
+	switch (result) {
+	case UFFD_DONE:
+		return FILL_DONE;
+	case UFFD_EXISTS: /* somebody was first */
+	case UFFD_UNMAPPED:
+		uffd_wake(session->uffd, address, PAGE);
+		return FILL_DONE;
+	case UFFD_AGAIN:
+		return FILL_LATER;
+	case UFFD_NO_MEMORY:
+		return FILL_NO_MEMORY;
+	case UFFD_GONE:
+		return FILL_GONE;
+	default:
+		notify(&(struct sn_notice){.kind = SN_NOTICE_TROUBLE, .session = session, .address = address,
+					   .cause = errno});
+		return FILL_LATER;
+	}
+}
+
+/* The frame can't be had: the page raises SIGBUS when touched. Never zeros, never other data. */
+static enum fill_result poison(struct sn_session *session, const struct place *place, uint64_t address, int cause)
+{
+	uint64_t old = place->entry;
+	enum uffd_result result = uffd_poison(session->uffd, address, PAGE);
+
+	if (result == UFFD_DONE && ENTRY_STATE(old) != ST_BAD &&
+	    atomic_compare_exchange_strong(&session->pm.entries[place->index], &old, ST_BAD)) {
+		store_unhold_entry(session->store, old);
+		COUNT(session, bad_pages);
+		notify(&(struct sn_notice){.kind = SN_NOTICE_BAD_FRAME, .session = session, .address = address,
+					   .cause = cause, .value = ENTRY_OFFSET(old)});
+	}
+	if (result == UFFD_DONE)
+		uffd_wake(session->uffd, address, PAGE);
+	return result_of(session, address, result);
+}
+
+static enum fill_result fill_zero(struct sn_session *session, const struct place *place, uint64_t address, bool write)
+{
+	enum uffd_result result;
+
+	/* A zero page mapped for a read is nearly free; a write to it would pay a second fault. */
+	result = write ? uffd_copy(session->uffd, address, zero_page, PAGE, 0, NULL)
+		       : uffd_zero(session->uffd, address, PAGE);
+	if (result == UFFD_DONE) {
+		COUNT(session, filled_zero);
+		if (place->known && (write || ENTRY_STATE(place->entry) != ST_ZERO)) {
+			uint64_t old = place->entry;
+
+			if (atomic_compare_exchange_strong(&session->pm.entries[place->index], &old, ST_NONE))
+				store_unhold_entry(session->store, old);
+		}
+	}
+	return result_of(session, address, result);
+}
+
+enum fill_result fill_page(struct sn_session *session, struct filler *filler, uint64_t address, bool write, bool nowait)
+{
+	for (;;) {
+		struct place place, again;
+		enum frame_error error = FRAME_OK;
+		enum uffd_result result;
+		enum fill_result ret;
+		enum state state;
+
+		pthread_rwlock_rdlock(&session->lock);
+		place = look_up(session, address);
+		pthread_rwlock_unlock(&session->lock);
+		if (place.known && place.entry & ENTRY_MOVING)
+			return FILL_LATER; /* in a stop: the entry is decided at its end */
+		state = place.known ? ENTRY_STATE(place.entry) : ST_NONE;
+		if (state == ST_STORED) {
+			error = load_frame(session, filler, place.entry, nowait);
+			if (error == FRAME_WOULD_BLOCK)
+				return FILL_WOULD_BLOCK;
+		} else if (state == ST_ASIDE) {
+			long n = place.aside ? aside_read(atomic_load(&session->pid), place.aside, filler->page, PAGE)
+					     : -EFAULT;
+
+			if (n == -ESRCH)
+				return FILL_GONE;
+			if (n != (long)PAGE) { /* dropped meanwhile, or this fill would be late: look anew */
+				if (nowait)
+					return FILL_LATER;
+				usleep(100);
+				continue;
+			}
+		}
+		pthread_rwlock_rdlock(&session->lock);
+		again = look_up(session, address);
+		if (!same_place(&place, &again)) {
+			pthread_rwlock_unlock(&session->lock);
+			continue;
+		}
+		switch (state) {
+		case ST_STORED:
+		case ST_ASIDE:
+			if (error != FRAME_OK) {
+				ret = poison(session, &place, address, (int)error);
+				break;
+			}
+			/* A page that equals its frame is write-protected: PAGEMAP_SCAN tells later whether it still does. */
+			result = uffd_copy(session->uffd, address, filler->page, PAGE,
+					   state == ST_STORED ? SNAPD_UFFDIO_COPY_MODE_WP : 0, NULL);
+			if (result == UFFD_DONE)
+				now_present(session, &place);
+			ret = result_of(session, address, result);
+			break;
+		case ST_BAD:
+			ret = poison(session, &place, address, 0);
+			break;
+		default:
+			/* Fresh memory. Also what was filled or guarded and is missing again: it was discarded by a way
+			 * that raises no event (a guard, installed and removed), and such pages read as zeros. Where it
+			 * is present after all (a second message of one fault), the answer is EEXIST and a wake-up. */
+			ret = fill_zero(session, &place, address, write || state == ST_FILLED);
+		}
+		pthread_rwlock_unlock(&session->lock);
+		return ret;
+	}
+}
+
+void fill_count(struct sn_session *session, uint64_t since_ns)
+{
+	uint64_t us = (now_ns() - since_ns) / 1000;
+	unsigned int bits = us < 4 ? 0 : (unsigned int)(61 - __builtin_clzll(us)); /* us >> bits is 4 to 7 */
+	unsigned int bucket = us < 4 ? (unsigned int)us : 4 * bits + (unsigned int)(us >> bits);
+
+	__atomic_fetch_add(&session->stats.histogram[bucket < 64 ? bucket : 63], 1, __ATOMIC_RELAXED);
+}
+
+int fill_queue(struct sn_session *session, struct fault fault)
+{
+	int ret = 0;
+
+	pthread_mutex_lock(&session->queue_lock);
+	if (!session->nidle && session->nfillers < MAX_FILLERS && session->nfillers <= session->nqueue) {
+		pthread_attr_t attributes;
+
+		pthread_attr_init(&attributes);
+		pthread_attr_setstacksize(&attributes, 128 << 10);
+		if (pthread_create(&session->fillers[session->nfillers], &attributes, filler_main, session) == 0)
+			session->nfillers++;
+		pthread_attr_destroy(&attributes);
+	}
+	if (session->nqueue == MAX_FAULTS || !session->nfillers)
+		ret = -EAGAIN;
+	else
+		session->queue[session->nqueue++] = fault;
+	pthread_cond_signal(&session->queue_ready);
+	pthread_mutex_unlock(&session->queue_lock);
+	return ret;
+}
+
+/* Takes the fault that is due first; waits until there is one. */
+static bool take(struct sn_session *session, struct fault *ret)
+{
+	bool found = false;
+
+	pthread_mutex_lock(&session->queue_lock);
+	session->nidle++;
+	while (!found && !atomic_load(&session->stopping)) {
+		int first = -1;
+		uint64_t now = now_ns();
+
+		for (int i = 0; i < session->nqueue; i++)
+			if (first < 0 || session->queue[i].due_ns < session->queue[first].due_ns)
+				first = i;
+		if (first >= 0 && session->queue[first].due_ns <= now) {
+			*ret = session->queue[first];
+			session->queue[first] = session->queue[--session->nqueue];
+			found = true;
+		} else if (first >= 0) {
+			pthread_mutex_unlock(&session->queue_lock);
+			usleep((useconds_t)((session->queue[first].due_ns - now) / 1000 + 1));
+			pthread_mutex_lock(&session->queue_lock);
+		} else {
+			pthread_cond_wait(&session->queue_ready, &session->queue_lock);
+		}
+	}
+	session->nidle--;
+	pthread_mutex_unlock(&session->queue_lock);
+	return found;
+}
+
+void *filler_main(void *arg)
+{
+	struct sn_session *session = arg;
+	struct filler filler;
+	struct fault fault;
+
+	if (filler_init(&filler)) {
+		notify(&(struct sn_notice){.kind = SN_NOTICE_TROUBLE, .session = session, .cause = ENOMEM});
+		return NULL;
+	}
+	while (take(session, &fault)) {
+		enum fill_result result = fill_page(session, &filler, fault.address, fault.write, false);
+
+		if (result == FILL_DONE) {
+			fill_count(session, fault.since_ns);
+		} else if (result == FILL_GONE) {
+			session_gone(session);
+		} else {
+			COUNT(session, retries);
+			fault.due_ns = now_ns() + (result == FILL_NO_MEMORY ? 10000000 : 30000);
+			if (fill_queue(session, fault))
+				uffd_wake(session->uffd, fault.address, PAGE);
+		}
+	}
+	filler_deinit(&filler);
+	return NULL;
+}

@@ -1,0 +1,299 @@
+/* What the engine's files share: the session, the store, the page map's layout, and the calls between files.
+ *
+ * Lock order: session->mover (one command at a time), then session->lock. The reader holds session->lock exclusively
+ * from before read() of the userfaultfd until its events are applied; a fill holds it shared from its last look at an
+ * entry until UFFDIO_COPY returns. Nobody waits for the agent with session->lock held: an agent's mremap returns only
+ * after the reader has read its event.
+ */
+#ifndef SN_INTERNAL_H
+#define SN_INTERNAL_H
+
+#include "engine.h"
+
+#include "../agent/uapi.h"
+#include "../agent/wire.h"
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <string.h>
+#include <sys/types.h>
+
+#define PAGE SNAPD_PAGE
+#define PAGE_DOWN(x) ((x) & ~(PAGE - 1))
+#define HUGE_BYTES (2UL << 20)
+#define min_u64(a, b) ((a) < (b) ? (a) : (b))
+#define max_u64(a, b) ((a) > (b) ? (a) : (b))
+
+/* ---- page map: layout of the memfd ---- */
+
+enum state { ST_NONE, ST_ASIDE, ST_STORED, ST_FILLED, ST_ZERO, ST_GUARD, ST_BAD, ST_COUNT };
+
+#define ENTRY_STATE(e) ((enum state)((e) & 15))
+#define ENTRY_MOVING (1ULL << 4)
+#define ENTRY_BYTES(e) ((((e) >> 8) & 0x3ff) * 8)
+#define ENTRY_OFFSET(e) ((((e) >> 18) & ((1ULL << 44) - 1)) * 8)
+#define ENTRY_FRAME_MASK (((1ULL << 54) - 1) << 8)
+#define ENTRY_MAKE(state, offset, bytes) ((uint64_t)(state) | ((uint64_t)(bytes) / 8) << 8 | ((offset) / 8) << 18)
+#define ENTRY_WITH(e, state) (((e) & ENTRY_FRAME_MASK) | (uint64_t)(state))
+
+static inline bool entry_has_frame(uint64_t e)
+{
+	return ENTRY_STATE(e) == ST_STORED || ENTRY_STATE(e) == ST_FILLED;
+}
+
+struct record { /* npages of the target from start are entries from first; aside: where moved pages are now, or 0 */
+	uint64_t start, npages, first, aside;
+};
+struct debt { /* addresses of which an UNMAP is still to come that must not hit live records */
+	uint64_t start, end;
+};
+
+#define MAX_DEBTS 512
+#define MAX_RECORDS 65536
+#define RING_SLOTS 64
+#define MAX_ENTRIES (1ULL << 31)
+
+struct table {
+	uint64_t nrecords, ndebts;
+	struct debt debts[MAX_DEBTS];
+	struct record records[MAX_RECORDS];
+};
+
+enum phase { PHASE_IDLE, PHASE_MOVE, PHASE_PIN, PHASE_STORE, PHASE_DROP };
+struct intent { /* a piece on its way, for a successor */
+	uint64_t phase, start, npages, aside, staging;
+};
+
+struct page_map_header {
+	char magic[8];
+	uint32_t version, page_size;
+	uint8_t store_id[16];
+	uint32_t key_id, dictionary_id;
+	int32_t pid, uffd, store, reserved;
+	uint64_t sentinel, nentries;
+	_Atomic uint64_t control; /* generation << 32 | events of the ring that are applied: both change by one store */
+	struct intent intents[8];
+};
+
+#define PM_RING_OFFSET 4096UL
+#define PM_TABLE_OFFSET (64UL << 10)
+#define PM_TABLE_BYTES (4UL << 20)
+#define PM_ENTRIES_OFFSET (16UL << 20)
+#define PM_BYTES (PM_ENTRIES_OFFSET + MAX_ENTRIES * 8)
+_Static_assert(sizeof(struct table) <= PM_TABLE_BYTES, "a table fits its place");
+
+struct page_map {
+	int fd;
+	char *base;
+	struct page_map_header *header;
+	struct snapd_uffd_msg *ring;
+	_Atomic uint64_t *entries;
+	uint64_t alloc_next, alloc_limit;
+};
+
+/* pagemap.c */
+int pm_open(struct page_map *pm, int fd);
+void pm_close(struct page_map *pm);
+struct table *pm_table(struct page_map *pm);
+unsigned int pm_applied(struct page_map *pm);
+struct table *pm_edit(struct page_map *pm); /* a copy of the table to change; pm_commit makes it the current one */
+void pm_commit(struct page_map *pm, unsigned int applied);
+void pm_set_applied(struct page_map *pm, unsigned int applied);
+long pm_find(const struct table *table, uint64_t address); /* index of the record that holds it, or -1 */
+long pm_first_at(const struct table *table, uint64_t address); /* first record that ends behind it */
+/* Takes [start, end) out of the table; what was there goes to out (up to capacity). Returns how many. */
+long pm_cut(struct table *table, uint64_t start, uint64_t end, struct record *out, long capacity);
+int pm_insert(struct table *table, struct record record);
+uint64_t pm_address_of(const struct table *table, uint64_t index); /* 0: no longer mapped */
+void pm_join(struct table *table); /* makes one of records that follow each other */
+void pm_trim(struct page_map *pm, struct record *used, uint64_t n);
+void pm_add_debt(struct table *table, uint64_t start, uint64_t end);
+/* Takes debts out of [start, end); what is left of it goes to rest. Returns how many intervals are left. */
+int pm_settle(struct table *table, uint64_t start, uint64_t end, struct debt *rest, int capacity);
+int pm_alloc(struct page_map *pm, uint64_t npages, uint64_t *ret_first);
+
+/* ---- store ---- */
+
+#define SEGMENT_SHIFT 20
+#define SEGMENT_BYTES (1UL << SEGMENT_SHIFT)
+#define MAX_SEGMENTS (1UL << 20)
+
+struct sn_store {
+	int fd;
+	unsigned char id[16];
+	uint32_t id_crc;
+	atomic_int references;
+	pthread_mutex_t lock; /* tail */
+	_Atomic uint64_t tail;
+	_Atomic uint32_t *live; /* references to frames by segment, of all page maps */
+	uint8_t *trimmed;
+	_Atomic uint64_t trimmed_bytes;
+};
+
+/* store.c */
+int store_reserve(struct sn_store *store, uint64_t bytes, uint64_t *ret_offset);
+int store_write(struct sn_store *store, const void *frames, uint64_t bytes, uint64_t offset);
+void store_hold(struct sn_store *store, uint64_t offset);
+void store_unhold(struct sn_store *store, uint64_t offset);
+static inline void store_hold_entry(struct sn_store *store, uint64_t e)
+{
+	if (entry_has_frame(e))
+		store_hold(store, ENTRY_OFFSET(e));
+}
+static inline void store_unhold_entry(struct sn_store *store, uint64_t e)
+{
+	if (entry_has_frame(e))
+		store_unhold(store, ENTRY_OFFSET(e));
+}
+
+/* ---- frames ---- */
+
+#define FRAME_HEADER 8
+#define FRAME_MAX (FRAME_HEADER + PAGE)
+enum frame_error { FRAME_OK, FRAME_WOULD_BLOCK, FRAME_BAD_CHECK, FRAME_BAD_DECODE, FRAME_BAD_READ, FRAME_BAD_ENTRY };
+
+struct frame_packer; /* a compression context */
+struct frame_opener; /* a decompression context */
+/* frame.c */
+void frame_use_codec(const struct sn_codec *codec);
+uint32_t frame_crc(uint32_t crc, const void *data, size_t bytes);
+struct frame_packer *frame_packer_create(void);
+void frame_packer_destroy(struct frame_packer *packer);
+/* Writes the frame of a page without its check; returns its padded bytes. room is at least FRAME_MAX. */
+uint32_t frame_pack(struct frame_packer *packer, int level, const void *page, unsigned char *room);
+void frame_seal(const struct sn_store *store, uint64_t offset, unsigned char *frame);
+struct frame_opener *frame_opener_create(void);
+void frame_opener_destroy(struct frame_opener *opener);
+enum frame_error frame_open(struct frame_opener *opener, const struct sn_store *store, uint64_t offset,
+			    const unsigned char *frame, uint64_t bytes, void *page);
+
+/* ---- session ---- */
+
+#define MAX_FAULTS 4096
+#define MAX_INFLIGHT 8
+#define MAX_FILLERS 4
+
+struct fault {
+	uint64_t address, since_ns, due_ns;
+	bool write;
+};
+
+struct filler { /* one thread's means of filling */
+	struct frame_opener *opener;
+	unsigned char *frame; /* FRAME_MAX bytes */
+	unsigned char *page;  /* one page */
+};
+
+struct sn_session {
+	atomic_int pid;
+	int uffd, agent_sock, wake_fd;
+	int agent_tids[2];
+	uint64_t sentinel;
+	struct sn_session *parent; /* of a forked child until its aside pages are copied; else NULL */
+	struct sn_store *store;
+	struct page_map pm;
+
+	pthread_mutex_t mover;
+	uint32_t mover_seq;
+	pthread_rwlock_t lock;
+	bool in_stop; /* all but the agent stands: events are our own */
+	atomic_bool forked; /* pages may be shared with a child */
+	struct snapd_run own_move; /* the REMAP that the stop's move raised */
+	uint64_t own_move_to;
+
+	pthread_t reader, fillers[MAX_FILLERS];
+	int nfillers;
+	unsigned int ring_used;
+	struct record *scratch; /* the reader's, MAX_RECORDS */
+	atomic_bool stopping, gone;
+	pthread_mutex_t queue_lock;
+	pthread_cond_t queue_ready;
+	struct fault queue[MAX_FAULTS];
+	int nqueue, nidle;
+
+	atomic_int fork_copies; /* children that still read our staging */
+	struct sn_piece *inflight[MAX_INFLIGHT];
+	struct sn_stats stats; /* counters by relaxed atomics */
+};
+
+#define COUNT(session, field) __atomic_fetch_add(&(session)->stats.field, 1, __ATOMIC_RELAXED)
+
+/* session.c */
+uint64_t now_ns(void);
+void notify(const struct sn_notice *notice);
+struct sn_session *session_new(const struct sn_target *target, struct sn_store *store, struct sn_session *parent,
+			       int *ret_error);
+int session_start(struct sn_session *session);
+int session_fork(struct sn_session *session, int uffd);
+void session_gone(struct sn_session *session);
+/* Replaces an entry and gives its old frame back; for whoever holds session->lock exclusively. */
+void entry_put(struct sn_session *session, uint64_t index, uint64_t entry);
+
+/* events.c */
+void events_apply(struct sn_session *session, const struct snapd_uffd_msg *message, unsigned int applied);
+
+/* uffd.c: each errno gets its meaning here */
+enum uffd_result { UFFD_DONE, UFFD_EXISTS, UFFD_AGAIN, UFFD_UNMAPPED, UFFD_GONE, UFFD_NO_MEMORY, UFFD_ERROR };
+enum uffd_result uffd_copy(int uffd, uint64_t to, const void *from, uint64_t bytes, uint64_t mode, uint64_t *ret_done);
+enum uffd_result uffd_zero(int uffd, uint64_t at, uint64_t bytes);
+enum uffd_result uffd_poison(int uffd, uint64_t at, uint64_t bytes);
+enum uffd_result uffd_wake(int uffd, uint64_t at, uint64_t bytes);
+int uffd_register(int uffd, uint64_t start, uint64_t bytes, uint64_t mode);
+int uffd_unregister(int uffd, uint64_t start, uint64_t bytes);
+long pagemap_scan(int fd, uint64_t start, uint64_t end, uint64_t anyof, uint64_t ret_mask, uint64_t max_pages,
+		  struct snapd_page_region *regions, uint64_t capacity, uint64_t *ret_end);
+/* Reads the aside: the caller knows that the pages have memory. Returns bytes or a negative errno. */
+long aside_read(int pid, uint64_t from, void *to, uint64_t bytes);
+
+/* reader.c */
+void *reader_main(void *session);
+
+/* fill.c */
+enum fill_result { FILL_DONE, FILL_LATER, FILL_NO_MEMORY, FILL_WOULD_BLOCK, FILL_GONE };
+int filler_init(struct filler *filler);
+void filler_deinit(struct filler *filler);
+enum fill_result fill_page(struct sn_session *session, struct filler *filler, uint64_t address, bool write, bool nowait);
+void fill_count(struct sn_session *session, uint64_t since_ns);
+int fill_queue(struct sn_session *session, struct fault fault);
+void *filler_main(void *session);
+
+/* stop.c */
+#define MAX_THREADS 8192
+struct stop;
+struct stop *stop_create(void);
+void stop_destroy(struct stop *stop);
+int stop_begin(struct stop *stop, int pid, const int skip[2]); /* an sn_outcome */
+bool stop_touches(const struct stop *stop, uint64_t start, uint64_t end); /* a stack top or TLS is inside */
+int stop_threads(const struct stop *stop);
+void stop_end(struct stop *stop);
+
+/* mover.c: commands of the agent; for whoever holds session->mover */
+int mover_call(struct sn_session *session, struct snapd_wire *message);
+int mover_unmap(struct sn_session *session, uint64_t start, uint64_t bytes);
+
+/* pack.c */
+int pack_start(int nthreads);
+
+/* piece.c */
+struct segment { /* staging pages in a row and their entries */
+	uint64_t first, npages, staging;
+};
+struct sn_piece {
+	struct sn_session *session;
+	uint64_t start, npages, hint, aside, staging;
+	int slot;
+	bool keep_aside;
+	struct segment *segments;
+	long nsegments;
+	uint8_t *decisions;
+	struct snapd_page_region *regions;
+	struct stop *stop;
+	/* packing */
+	pthread_mutex_t lock;
+	pthread_cond_t done;
+	int level, jobs_left, cause;
+	struct sn_pack_report packed;
+};
+
+#endif

@@ -1,0 +1,239 @@
+/* Packing threads: read moved pages, compress each to a frame, append, publish.
+ *
+ * They run beside the program at low priority. A page that was filled, discarded or unmapped meanwhile keeps its newer
+ * state: the entry changes from ASIDE to STORED by compare-and-swap only. Knows nothing of stops or the agent.
+ */
+#include "internal.h"
+
+#include <errno.h>
+#include <limits.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <sys/syscall.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#define BATCH_PAGES 248 /* the frames of a batch, all raw, fit a segment */
+#define MAX_JOBS 65536
+#define MAX_PACKERS 64
+
+_Static_assert(BATCH_PAGES * FRAME_MAX <= SEGMENT_BYTES, "a batch fits a segment");
+
+struct job {
+	struct sn_piece *piece;
+	uint64_t first, npages, staging;
+};
+
+static struct {
+	pthread_mutex_t lock;
+	pthread_cond_t ready, room;
+	struct job jobs[MAX_JOBS];
+	unsigned int head, count;
+} queue = {.lock = PTHREAD_MUTEX_INITIALIZER, .ready = PTHREAD_COND_INITIALIZER, .room = PTHREAD_COND_INITIALIZER};
+
+struct batch {
+	uint64_t index[BATCH_PAGES];
+	uint32_t bytes[BATCH_PAGES];
+	int n;
+	uint64_t used;
+	unsigned char *frames, *pages;
+};
+
+static bool is_zero(const unsigned char *page)
+{
+	const uint64_t *words = (const uint64_t *)page;
+	uint64_t any = 0;
+
+	for (unsigned int i = 0; i < PAGE / 8; i += 8) {
+		any |= words[i] | words[i + 1] | words[i + 2] | words[i + 3] | words[i + 4] | words[i + 5] |
+		       words[i + 6] | words[i + 7];
+		if (any)
+			return false;
+	}
+	return true;
+}
+
+static bool publish(struct sn_session *session, uint64_t index, uint64_t entry)
+{
+	uint64_t old = ST_ASIDE;
+
+	return atomic_compare_exchange_strong(&session->pm.entries[index], &old, entry);
+}
+
+static int write_batch(struct sn_session *session, struct batch *batch, struct sn_pack_report *report)
+{
+	struct sn_store *store = session->store;
+	uint64_t offset, at;
+	int error;
+
+	if (!batch->n)
+		return 0;
+	error = store_reserve(store, batch->used, &offset);
+	if (error)
+		return error;
+	at = 0;
+	for (int i = 0; i < batch->n; i++) {
+		frame_seal(store, offset + at, batch->frames + at);
+		at += batch->bytes[i];
+	}
+	error = store_write(store, batch->frames, batch->used, offset);
+	at = offset;
+	for (int i = 0; i < batch->n && !error; i++) {
+		uint64_t entry = ENTRY_MAKE(ST_STORED, at, batch->bytes[i]);
+
+		store_hold_entry(store, entry);
+		if (publish(session, batch->index[i], entry)) {
+			report->stored_pages++;
+			report->stored_bytes += batch->bytes[i];
+		} else {
+			store_unhold_entry(store, entry);
+			report->lost_races++;
+		}
+		at += batch->bytes[i];
+	}
+	store_unhold(store, offset);
+	return error;
+}
+
+/* Reads only pages that are aside: a missing page of the staging would make this thread wait for a fill of its own. */
+static int pack_job(const struct job *job, struct frame_packer *packer, struct batch *batch, struct sn_pack_report *report)
+{
+	struct sn_session *session = job->piece->session;
+	struct iovec local, remote[BATCH_PAGES];
+	int nruns = 0;
+	ssize_t n;
+
+	batch->n = 0;
+	batch->used = 0;
+	for (uint64_t k = 0; k < job->npages; k++) {
+		char *from = (char *)(uintptr_t)(job->staging + k * PAGE);
+
+		if (ENTRY_STATE(session->pm.entries[job->first + k]) != ST_ASIDE)
+			continue;
+		batch->index[batch->n++] = job->first + k;
+		if (nruns && (char *)remote[nruns - 1].iov_base + remote[nruns - 1].iov_len == from)
+			remote[nruns - 1].iov_len += PAGE;
+		else
+			remote[nruns++] = (struct iovec){from, PAGE};
+	}
+	if (!batch->n)
+		return 0;
+	local = (struct iovec){batch->pages, (size_t)batch->n * PAGE};
+	n = process_vm_readv(atomic_load(&session->pid), &local, 1, remote, (unsigned long)nruns, 0);
+	if (n != (ssize_t)local.iov_len)
+		return n < 0 ? -errno : -EFAULT;
+	int kept = 0;
+
+	for (int i = 0; i < batch->n; i++) {
+		const unsigned char *page = batch->pages + (uint64_t)i * PAGE;
+
+		if (is_zero(page)) {
+			if (publish(session, batch->index[i], ST_ZERO))
+				report->zero_pages++;
+			continue;
+		}
+		batch->bytes[kept] = frame_pack(packer, job->piece->level, page, batch->frames + batch->used);
+		batch->used += batch->bytes[kept];
+		batch->index[kept++] = batch->index[i];
+	}
+	batch->n = kept;
+	return write_batch(session, batch, report);
+}
+
+static void *pack_main(void *unused)
+{
+	struct frame_packer *packer = frame_packer_create();
+	struct batch batch = {.n = 0};
+
+	(void)unused;
+	setpriority(PRIO_PROCESS, (id_t)syscall(SYS_gettid), 10);
+	batch.pages = mmap(NULL, BATCH_PAGES * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	batch.frames = mmap(NULL, BATCH_PAGES * FRAME_MAX + PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	if (!packer || batch.pages == MAP_FAILED || batch.frames == MAP_FAILED) {
+		notify(&(struct sn_notice){.kind = SN_NOTICE_TROUBLE, .cause = ENOMEM});
+		return NULL;
+	}
+	for (;;) {
+		struct sn_pack_report report = {0};
+		struct job job;
+		int error;
+
+		pthread_mutex_lock(&queue.lock);
+		while (!queue.count)
+			pthread_cond_wait(&queue.ready, &queue.lock);
+		job = queue.jobs[queue.head];
+		queue.head = (queue.head + 1) % MAX_JOBS;
+		queue.count--;
+		pthread_cond_signal(&queue.room);
+		pthread_mutex_unlock(&queue.lock);
+
+		error = job.piece->cause ? 0 : pack_job(&job, packer, &batch, &report);
+		pthread_mutex_lock(&job.piece->lock);
+		if (error && !job.piece->cause)
+			job.piece->cause = error;
+		job.piece->packed.stored_pages += report.stored_pages;
+		job.piece->packed.stored_bytes += report.stored_bytes;
+		job.piece->packed.zero_pages += report.zero_pages;
+		job.piece->packed.lost_races += report.lost_races;
+		if (--job.piece->jobs_left == 0)
+			pthread_cond_signal(&job.piece->done);
+		pthread_mutex_unlock(&job.piece->lock);
+	}
+	return NULL;
+}
+
+int pack_start(int nthreads)
+{
+	for (int i = 0; i < nthreads && i < MAX_PACKERS; i++) {
+		pthread_attr_t attributes;
+		pthread_t thread;
+		int error;
+
+		pthread_attr_init(&attributes);
+		pthread_attr_setstacksize(&attributes, 128 << 10);
+		pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+		error = pthread_create(&thread, &attributes, pack_main, NULL);
+		pthread_attr_destroy(&attributes);
+		if (error)
+			return -error;
+	}
+	return 0;
+}
+
+static void enqueue(struct job job)
+{
+	pthread_mutex_lock(&job.piece->lock);
+	job.piece->jobs_left++;
+	pthread_mutex_unlock(&job.piece->lock);
+	pthread_mutex_lock(&queue.lock);
+	while (queue.count == MAX_JOBS)
+		pthread_cond_wait(&queue.room, &queue.lock);
+	queue.jobs[(queue.head + queue.count++) % MAX_JOBS] = job;
+	pthread_cond_signal(&queue.ready);
+	pthread_mutex_unlock(&queue.lock);
+}
+
+int sn_piece_pack(struct sn_piece *piece, int level)
+{
+	piece->level = level;
+	for (long i = 0; i < piece->nsegments; i++) {
+		const struct segment *segment = &piece->segments[i];
+
+		for (uint64_t k = 0; k < segment->npages; k += BATCH_PAGES)
+			enqueue((struct job){piece, segment->first + k, min_u64(BATCH_PAGES, segment->npages - k),
+					     segment->staging + k * PAGE});
+	}
+	return 0;
+}
+
+int sn_piece_wait(struct sn_piece *piece, struct sn_pack_report *ret)
+{
+	pthread_mutex_lock(&piece->lock);
+	while (piece->jobs_left)
+		pthread_cond_wait(&piece->done, &piece->lock);
+	*ret = piece->packed;
+	ret->cause = piece->cause;
+	pthread_mutex_unlock(&piece->lock);
+	return piece->cause;
+}

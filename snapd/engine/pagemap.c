@@ -1,0 +1,320 @@
+/* The page map file: entries, the range table in two copies, debts of UNMAPs to come.
+ *
+ * Owns the layout's consistency: a change is made in the copy that is not current, and one store of the header's
+ * control word makes it current together with the count of applied events. Knows nothing of threads or targets.
+ */
+#include "internal.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/memfd.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+static const char MAGIC[8] = "HSNAPPM1";
+
+int sn_page_map_create(void)
+{
+	int fd = memfd_create("heap-snapd-page-map", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+
+	if (fd < 0)
+		return -errno;
+	/* 0600: a target that holds this file can't open it anew for writing; no shrinking: never a SIGBUS here. */
+	if (fchmod(fd, 0600) || ftruncate(fd, (off_t)PM_BYTES) || fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK)) {
+		int error = errno;
+
+		close(fd);
+		return -error;
+	}
+	return fd;
+}
+
+int pm_open(struct page_map *pm, int fd)
+{
+	void *base = mmap(NULL, PM_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, 0);
+
+	if (base == MAP_FAILED)
+		return -errno;
+	pm->fd = fd;
+	pm->base = base;
+	pm->header = base;
+	pm->ring = (void *)(pm->base + PM_RING_OFFSET);
+	pm->entries = (void *)(pm->base + PM_ENTRIES_OFFSET);
+	if (!pm->header->version) {
+		memcpy(pm->header->magic, MAGIC, sizeof(MAGIC));
+		pm->header->page_size = PAGE;
+		pm->header->version = 1;
+	}
+	pm->alloc_next = pm->header->nentries;
+	pm->alloc_limit = MAX_ENTRIES;
+	return 0;
+}
+
+void pm_close(struct page_map *pm)
+{
+	if (pm->base)
+		munmap(pm->base, PM_BYTES);
+	if (pm->fd >= 0)
+		close(pm->fd);
+	pm->base = NULL;
+	pm->fd = -1;
+}
+
+static struct table *table_at(struct page_map *pm, uint64_t generation)
+{
+	return (void *)(pm->base + PM_TABLE_OFFSET + (generation & 1) * PM_TABLE_BYTES);
+}
+
+struct table *pm_table(struct page_map *pm)
+{
+	return table_at(pm, atomic_load(&pm->header->control) >> 32);
+}
+
+unsigned int pm_applied(struct page_map *pm)
+{
+	return (unsigned int)atomic_load(&pm->header->control);
+}
+
+struct table *pm_edit(struct page_map *pm)
+{
+	struct table *from = pm_table(pm), *to = table_at(pm, (atomic_load(&pm->header->control) >> 32) + 1);
+
+	to->nrecords = from->nrecords;
+	to->ndebts = from->ndebts;
+	memcpy(to->debts, from->debts, from->ndebts * sizeof(from->debts[0]));
+	memcpy(to->records, from->records, from->nrecords * sizeof(from->records[0]));
+	return to;
+}
+
+void pm_commit(struct page_map *pm, unsigned int applied)
+{
+	uint64_t control = atomic_load(&pm->header->control);
+
+	atomic_store(&pm->header->control, ((control >> 32) + 1) << 32 | applied);
+}
+
+void pm_set_applied(struct page_map *pm, unsigned int applied)
+{
+	uint64_t control = atomic_load(&pm->header->control);
+
+	atomic_store(&pm->header->control, (control & ~0xffffffffULL) | applied);
+}
+
+static uint64_t record_end(const struct record *record)
+{
+	return record->start + record->npages * PAGE;
+}
+
+long pm_first_at(const struct table *table, uint64_t address)
+{
+	long low = 0, high = (long)table->nrecords;
+
+	while (low < high) {
+		long middle = (low + high) / 2;
+
+		if (record_end(&table->records[middle]) <= address)
+			low = middle + 1;
+		else
+			high = middle;
+	}
+	return low;
+}
+
+long pm_find(const struct table *table, uint64_t address)
+{
+	long i = pm_first_at(table, address);
+
+	return i < (long)table->nrecords && table->records[i].start <= address ? i : -1;
+}
+
+/* The part of a record in [start, end), which must overlap it. */
+static struct record part(const struct record *record, uint64_t start, uint64_t end)
+{
+	uint64_t from = max_u64(record->start, start), to = min_u64(record_end(record), end);
+	uint64_t skip = from - record->start;
+
+	return (struct record){from, (to - from) / PAGE, record->first + skip / PAGE,
+			       record->aside ? record->aside + skip : 0};
+}
+
+static bool joins(const struct record *a, const struct record *b)
+{
+	uint64_t bytes = a->npages * PAGE;
+
+	return a->start + bytes == b->start && a->first + a->npages == b->first &&
+	       (a->aside ? b->aside == a->aside + bytes : !b->aside);
+}
+
+static int make_room(struct table *table, long at)
+{
+	if (table->nrecords >= MAX_RECORDS)
+		return -ENOSPC;
+	memmove(&table->records[at + 1], &table->records[at],
+		(table->nrecords - (uint64_t)at) * sizeof(table->records[0]));
+	table->nrecords++;
+	return 0;
+}
+
+static void take_out(struct table *table, long at, long count)
+{
+	memmove(&table->records[at], &table->records[at + count],
+		(table->nrecords - (uint64_t)(at + count)) * sizeof(table->records[0]));
+	table->nrecords -= (uint64_t)count;
+}
+
+int pm_insert(struct table *table, struct record record)
+{
+	long at = pm_first_at(table, record.start);
+	bool left = at > 0 && joins(&table->records[at - 1], &record);
+	bool right = at < (long)table->nrecords && joins(&record, &table->records[at]);
+
+	if (left && right) {
+		table->records[at - 1].npages += record.npages + table->records[at].npages;
+		take_out(table, at, 1);
+	} else if (left) {
+		table->records[at - 1].npages += record.npages;
+	} else if (right) {
+		record.npages += table->records[at].npages;
+		table->records[at] = record;
+	} else {
+		int error = make_room(table, at);
+
+		if (error)
+			return error;
+		table->records[at] = record;
+	}
+	return 0;
+}
+
+long pm_cut(struct table *table, uint64_t start, uint64_t end, struct record *out, long capacity)
+{
+	long first = pm_first_at(table, start), count = 0, kept = 0;
+	struct record keep[2];
+
+	while (first + count < (long)table->nrecords && table->records[first + count].start < end) {
+		const struct record *record = &table->records[first + count];
+
+		if (out && count < capacity)
+			out[count] = part(record, start, end);
+		if (record->start < start)
+			keep[kept++] = part(record, record->start, start);
+		if (record_end(record) > end)
+			keep[kept++] = part(record, end, record_end(record));
+		count++;
+	}
+	if (kept > count && make_room(table, first + count)) /* one record becomes two */
+		return -ENOSPC;
+	for (long i = 0; i < kept; i++)
+		table->records[first + i] = keep[i];
+	if (count > kept)
+		take_out(table, first + kept, count - kept);
+	return count;
+}
+
+uint64_t pm_address_of(const struct table *table, uint64_t index)
+{
+	for (uint64_t i = 0; i < table->nrecords; i++)
+		if (index - table->records[i].first < table->records[i].npages)
+			return table->records[i].start + (index - table->records[i].first) * PAGE;
+	return 0;
+}
+
+void pm_join(struct table *table)
+{
+	uint64_t kept = 0;
+
+	for (uint64_t i = 1; i < table->nrecords; i++) {
+		if (joins(&table->records[kept], &table->records[i]))
+			table->records[kept].npages += table->records[i].npages;
+		else
+			table->records[++kept] = table->records[i];
+	}
+	if (table->nrecords)
+		table->nrecords = kept + 1;
+}
+
+void pm_add_debt(struct table *table, uint64_t start, uint64_t end)
+{
+	if (table->ndebts == MAX_DEBTS) { /* the oldest belong to moves that raised no UNMAP */
+		memmove(table->debts, table->debts + 1, (MAX_DEBTS - 1) * sizeof(table->debts[0]));
+		table->ndebts--;
+	}
+	table->debts[table->ndebts++] = (struct debt){start, end};
+}
+
+int pm_settle(struct table *table, uint64_t start, uint64_t end, struct debt *rest, int capacity)
+{
+	int nrest = 1;
+
+	rest[0] = (struct debt){start, end};
+	for (uint64_t i = 0; i < table->ndebts;) {
+		struct debt debt = table->debts[i];
+		bool used = false;
+
+		for (int k = 0; k < nrest; k++) {
+			struct debt piece = rest[k];
+
+			if (debt.end <= piece.start || piece.end <= debt.start)
+				continue;
+			used = true;
+			rest[k] = (struct debt){piece.start, max_u64(piece.start, debt.start)};
+			if (piece.end > debt.end && nrest < capacity)
+				rest[nrest++] = (struct debt){debt.end, piece.end};
+		}
+		if (!used) {
+			i++;
+			continue;
+		}
+		/* What of the debt lies outside stays owed. */
+		if (debt.start < start && debt.end > end) {
+			table->debts[i].end = start;
+			pm_add_debt(table, end, debt.end);
+			i++;
+		} else if (debt.start < start) {
+			table->debts[i++].end = start;
+		} else if (debt.end > end) {
+			table->debts[i++].start = end;
+		} else {
+			table->debts[i] = table->debts[--table->ndebts];
+		}
+	}
+	return nrest;
+}
+
+int pm_alloc(struct page_map *pm, uint64_t npages, uint64_t *ret_first)
+{
+	if (pm->alloc_next + npages > pm->alloc_limit)
+		return -ENOSPC;
+	*ret_first = pm->alloc_next;
+	pm->alloc_next += npages;
+	pm->header->nentries = max_u64(pm->header->nentries, pm->alloc_next);
+	return 0;
+}
+
+static int by_first(const void *a, const void *b)
+{
+	const struct record *x = a, *y = b;
+
+	return x->first < y->first ? -1 : x->first > y->first;
+}
+
+/* Gives the memory of entries that belong to no record back. used: the records, with room for the caller's extra. */
+void pm_trim(struct page_map *pm, struct record *used, uint64_t n)
+{
+	const uint64_t per_page = PAGE / 8;
+	uint64_t free_from = 0;
+
+	qsort(used, n, sizeof(*used), by_first);
+	for (uint64_t i = 0; i <= n; i++) {
+		uint64_t upto = i < n ? used[i].first : pm->alloc_next;
+		uint64_t from = (free_from + per_page - 1) / per_page * per_page, to = upto / per_page * per_page;
+
+		if (from < to)
+			fallocate(pm->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+				  (off_t)(PM_ENTRIES_OFFSET + from * 8), (off_t)((to - from) * 8));
+		if (i < n)
+			free_from = max_u64(free_from, used[i].first + used[i].npages);
+	}
+}

@@ -1,0 +1,229 @@
+/* The reader: one thread a session that reads the userfaultfd, applies events in order, and fills what it can at once.
+ *
+ * It waits for nobody: not for the agent, not for Python, not for a disk. A fill that would block goes to the session's
+ * fill threads. Events are read into the page map's ring, so that a successor finds what a dying daemon had read.
+ */
+#include "internal.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+#define MAX_PENDING 1024
+#define RETRY_NS 30000ULL
+#define RETRY_MEMORY_NS 10000000ULL
+#define PROBE_NS 500000000ULL
+#define COPY_PAGES 64
+
+struct pending {
+	struct fault faults[MAX_PENDING];
+	int n;
+};
+
+static void add_pending(struct sn_session *session, struct pending *pending, const struct snapd_uffd_msg *message)
+{
+	uint64_t now = now_ns();
+	struct fault fault = {.address = PAGE_DOWN(message->arg.fault.address),
+			      .since_ns = now,
+			      .due_ns = now,
+			      .write = message->arg.fault.flags & SNAPD_UFFD_PAGEFAULT_WRITE};
+
+	COUNT(session, faults);
+	if (pending->n < MAX_PENDING)
+		pending->faults[pending->n++] = fault;
+	else if (fill_queue(session, fault)) /* full: the thread is woken and asks again */
+		uffd_wake(session->uffd, fault.address, PAGE);
+}
+
+/* Reads and applies all that there is. Faults are handed out before older events, so none is filled before this ends. */
+static bool drain(struct sn_session *session, struct pending *pending)
+{
+	struct page_map *pm = &session->pm;
+	bool more = true, alive = true;
+
+	pthread_rwlock_wrlock(&session->lock);
+	while (more) {
+		ssize_t bytes;
+		unsigned int n;
+
+		memset(pm->ring, 0, session->ring_used * sizeof(pm->ring[0]));
+		pm_set_applied(pm, 0);
+		bytes = read(session->uffd, pm->ring, RING_SLOTS * sizeof(pm->ring[0]));
+		if (bytes < 0) {
+			session->ring_used = 0;
+			if (errno == EINTR)
+				continue;
+			if (errno != EAGAIN) {
+				/* EMFILE and the like: a FORK event stays queued until there is room for its fd. */
+				notify(&(struct sn_notice){
+					.kind = SN_NOTICE_TROUBLE, .session = session, .cause = errno});
+				pthread_rwlock_unlock(&session->lock);
+				usleep(10000);
+				return true;
+			}
+			break;
+		}
+		n = (unsigned int)((size_t)bytes / sizeof(pm->ring[0]));
+		session->ring_used = n;
+		for (unsigned int i = 0; i < n; i++) {
+			if (pm->ring[i].event == SNAPD_UFFD_EVENT_PAGEFAULT)
+				add_pending(session, pending, &pm->ring[i]);
+			else
+				events_apply(session, &pm->ring[i], i + 1);
+		}
+		if (!n)
+			alive = false;
+		more = n > 0;
+	}
+	pthread_rwlock_unlock(&session->lock);
+	return alive;
+}
+
+/* Serves what is due; what must wait stays. Returns when the next one is due, or 0 for none. */
+static uint64_t serve(struct sn_session *session, struct filler *filler, struct pending *pending)
+{
+	uint64_t now = now_ns(), next = 0;
+	int kept = 0;
+
+	for (int i = 0; i < pending->n; i++) {
+		struct fault fault = pending->faults[i];
+		enum fill_result result = FILL_LATER;
+
+		if (fault.due_ns <= now) {
+			/* Several at once: the other CPU takes a share. */
+			if (i && (i & 1) && fill_queue(session, fault) == 0)
+				continue;
+			result = fill_page(session, filler, fault.address, fault.write, true);
+			if (result == FILL_DONE) {
+				fill_count(session, fault.since_ns);
+				continue;
+			}
+			if (result == FILL_GONE) {
+				session_gone(session);
+				continue;
+			}
+			if (result == FILL_WOULD_BLOCK) {
+				if (fill_queue(session, fault))
+					uffd_wake(session->uffd, fault.address, PAGE);
+				continue;
+			}
+			COUNT(session, retries);
+			fault.due_ns = now_ns() + (result == FILL_NO_MEMORY ? RETRY_MEMORY_NS : RETRY_NS);
+		}
+		if (!next || fault.due_ns < next)
+			next = fault.due_ns;
+		pending->faults[kept++] = fault;
+	}
+	pending->n = kept;
+	return next;
+}
+
+static void give_page(struct sn_session *session, uint64_t index, const void *page, bool lost, struct pending *pending)
+{
+	for (;;) {
+		enum uffd_result result = UFFD_DONE;
+		uint64_t address;
+
+		pthread_rwlock_rdlock(&session->lock);
+		address = pm_address_of(pm_table(&session->pm), index);
+		if (!address || ENTRY_STATE(session->pm.entries[index]) != ST_ASIDE) {
+			pthread_rwlock_unlock(&session->lock);
+			return;
+		}
+		result = lost ? uffd_poison(session->uffd, address, PAGE)
+			      : uffd_copy(session->uffd, address, page, PAGE, 0, NULL);
+		if (result != UFFD_AGAIN && result != UFFD_NO_MEMORY)
+			atomic_store(&session->pm.entries[index], lost ? ST_BAD : ST_NONE);
+		pthread_rwlock_unlock(&session->lock);
+		if (result == UFFD_GONE)
+			session_gone(session);
+		if (result != UFFD_AGAIN && result != UFFD_NO_MEMORY)
+			return;
+		drain(session, pending);
+		usleep(50);
+	}
+}
+
+/* A fork in the middle of a dump: pages that are aside in the parent come to the child before any answer to its
+ * faults. A parent that is killed meanwhile takes them along: poison, never zeros. */
+static void copy_aside_of_parent(struct sn_session *session, struct pending *pending)
+{
+	struct table *table = malloc(sizeof(*table));
+	unsigned char *pages = malloc(COPY_PAGES * PAGE);
+	struct sn_session *parent = session->parent;
+
+	if (table && pages) {
+		pthread_rwlock_rdlock(&session->lock);
+		table->nrecords = pm_table(&session->pm)->nrecords;
+		memcpy(table->records, pm_table(&session->pm)->records, table->nrecords * sizeof(struct record));
+		pthread_rwlock_unlock(&session->lock);
+		for (uint64_t i = 0; i < table->nrecords; i++) {
+			const struct record *record = &table->records[i];
+
+			for (uint64_t k = 0; record->aside && k < record->npages; k++) {
+				uint64_t index = record->first + k, from = record->aside + k * PAGE;
+				bool lost;
+
+				if (ENTRY_STATE(session->pm.entries[index]) != ST_ASIDE)
+					continue;
+				lost = aside_read(atomic_load(&parent->pid), from, pages, PAGE) != (long)PAGE;
+				if (lost)
+					notify(&(struct sn_notice){.kind = SN_NOTICE_BAD_FRAME,
+								   .session = session,
+								   .address = record->start + k * PAGE,
+								   .cause = ESRCH});
+				give_page(session, index, pages, lost, pending);
+			}
+		}
+	}
+	free(table);
+	free(pages);
+	pthread_rwlock_wrlock(&session->lock);
+	table = pm_edit(&session->pm);
+	for (uint64_t i = 0; i < table->nrecords; i++)
+		table->records[i].aside = 0;
+	pm_commit(&session->pm, pm_applied(&session->pm));
+	session->parent = NULL;
+	pthread_rwlock_unlock(&session->lock);
+	atomic_fetch_sub(&parent->fork_copies, 1);
+}
+
+void *reader_main(void *arg)
+{
+	struct sn_session *session = arg;
+	struct pending *pending = calloc(1, sizeof(*pending));
+	struct filler filler = {0};
+	uint64_t next = 0;
+
+	if (!pending || filler_init(&filler)) {
+		notify(&(struct sn_notice){.kind = SN_NOTICE_TROUBLE, .session = session, .cause = ENOMEM});
+		free(pending);
+		return NULL;
+	}
+	if (session->parent)
+		copy_aside_of_parent(session, pending);
+	while (!atomic_load(&session->stopping)) {
+		struct pollfd fds[2] = {{.fd = session->uffd, .events = POLLIN},
+					{.fd = session->wake_fd, .events = POLLIN}};
+		uint64_t now = now_ns(), wait = session->agent_sock < 0 ? PROBE_NS : ~0ULL;
+		struct timespec timeout;
+
+		if (next)
+			wait = min_u64(wait, next > now ? next - now : 0);
+		timeout = (struct timespec){(time_t)(wait / 1000000000ULL), (long)(wait % 1000000000ULL)};
+		if (ppoll(fds, 2, wait == ~0ULL ? NULL : &timeout, NULL) == 0 && !next && !sn_session_alive(session))
+			session_gone(session);
+		if (fds[1].revents & POLLIN) {
+			uint64_t count;
+
+			if (read(session->wake_fd, &count, sizeof(count)) < 0 && errno != EAGAIN)
+				break;
+		}
+		drain(session, pending);
+		next = serve(session, &filler, pending);
+	}
+	filler_deinit(&filler);
+	free(pending);
+	return NULL;
+}

@@ -1,0 +1,332 @@
+/* Sessions: creation, forked children, closing, notices to Python.
+ *
+ * Owns what belongs to one target's mm: three fds, the lock, the threads. Knows no policy and no pid but to read from.
+ */
+#include "internal.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+
+#define MAX_NOTICES 4096
+
+static struct {
+	pthread_mutex_t lock;
+	struct sn_notice ring[MAX_NOTICES];
+	unsigned int head, count;
+	int fd;
+} notices = {.lock = PTHREAD_MUTEX_INITIALIZER, .fd = -1};
+
+uint64_t now_ns(void)
+{
+	struct timespec time;
+
+	clock_gettime(CLOCK_MONOTONIC, &time);
+	return (uint64_t)time.tv_sec * 1000000000ULL + (uint64_t)time.tv_nsec;
+}
+
+int sn_notice_fd(void)
+{
+	pthread_mutex_lock(&notices.lock);
+	if (notices.fd < 0)
+		notices.fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	pthread_mutex_unlock(&notices.lock);
+	return notices.fd < 0 ? -errno : notices.fd;
+}
+
+void notify(const struct sn_notice *notice)
+{
+	uint64_t one = 1;
+
+	pthread_mutex_lock(&notices.lock);
+	if (notices.count < MAX_NOTICES)
+		notices.ring[(notices.head + notices.count++) % MAX_NOTICES] = *notice;
+	pthread_mutex_unlock(&notices.lock);
+	if (notices.fd >= 0 && write(notices.fd, &one, sizeof(one)) < 0)
+		return; /* the counter is full: a wake-up is on its way */
+}
+
+int sn_next_notice(struct sn_notice *ret)
+{
+	int found;
+
+	pthread_mutex_lock(&notices.lock);
+	found = notices.count > 0;
+	if (found) {
+		*ret = notices.ring[notices.head];
+		notices.head = (notices.head + 1) % MAX_NOTICES;
+		notices.count--;
+	}
+	pthread_mutex_unlock(&notices.lock);
+	return found;
+}
+
+struct sn_session *session_new(const struct sn_target *target, struct sn_store *store, struct sn_session *parent,
+			       int *ret_error)
+{
+	struct sn_session *session = calloc(1, sizeof(*session));
+	pthread_rwlockattr_t attributes;
+
+	*ret_error = -ENOMEM;
+	if (!session)
+		return NULL;
+	session->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	if (session->wake_fd < 0) {
+		*ret_error = -errno;
+		free(session);
+		return NULL;
+	}
+	session->pm.fd = -1;
+	session->scratch = calloc(MAX_RECORDS, sizeof(*session->scratch));
+	*ret_error = session->scratch ? pm_open(&session->pm, target->page_map) : -ENOMEM;
+	if (*ret_error) {
+		free(session->scratch);
+		close(session->wake_fd);
+		free(session);
+		return NULL;
+	}
+	atomic_store(&session->pid, target->pid);
+	session->uffd = target->uffd;
+	session->agent_sock = target->agent_sock;
+	session->sentinel = target->sentinel;
+	memcpy(session->agent_tids, target->agent_tids, sizeof(session->agent_tids));
+	session->parent = parent;
+	session->store = store;
+	atomic_fetch_add(&store->references, 1);
+	session->pm.header->pid = target->pid;
+	session->pm.header->sentinel = target->sentinel;
+	memcpy(session->pm.header->store_id, store->id, sizeof(store->id));
+	pthread_mutex_init(&session->mover, NULL);
+	pthread_mutex_init(&session->queue_lock, NULL);
+	pthread_cond_init(&session->queue_ready, NULL);
+	/* The reader must not starve behind a stream of fills. */
+	pthread_rwlockattr_init(&attributes);
+	pthread_rwlockattr_setkind_np(&attributes, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
+	pthread_rwlock_init(&session->lock, &attributes);
+	pthread_rwlockattr_destroy(&attributes);
+	return session;
+}
+
+int session_start(struct sn_session *session)
+{
+	pthread_attr_t attributes;
+	int error;
+
+	pthread_attr_init(&attributes);
+	pthread_attr_setstacksize(&attributes, 128 << 10);
+	error = pthread_create(&session->reader, &attributes, reader_main, session);
+	pthread_attr_destroy(&attributes);
+	return -error;
+}
+
+static void session_free(struct sn_session *session)
+{
+	struct table *table = pm_table(&session->pm);
+
+	for (uint64_t i = 0; i < table->nrecords; i++)
+		for (uint64_t k = 0; k < table->records[i].npages; k++)
+			store_unhold_entry(session->store, session->pm.entries[table->records[i].first + k]);
+	if (session->uffd >= 0)
+		close(session->uffd);
+	if (session->agent_sock >= 0)
+		close(session->agent_sock);
+	close(session->wake_fd);
+	free(session->scratch);
+	pm_close(&session->pm);
+	sn_store_release(session->store);
+	pthread_mutex_destroy(&session->mover);
+	pthread_mutex_destroy(&session->queue_lock);
+	pthread_cond_destroy(&session->queue_ready);
+	pthread_rwlock_destroy(&session->lock);
+	free(session);
+}
+
+struct sn_session *sn_session_create(const struct sn_target *target, struct sn_store *store, int *ret_error)
+{
+	struct sn_session *session = session_new(target, store, NULL, ret_error);
+
+	if (!session)
+		return NULL;
+	*ret_error = session_start(session);
+	if (*ret_error) {
+		session_free(session);
+		return NULL;
+	}
+	return session;
+}
+
+void sn_session_close(struct sn_session *session)
+{
+	uint64_t one = 1;
+
+	atomic_store(&session->stopping, true);
+	while (write(session->wake_fd, &one, sizeof(one)) < 0 && errno == EINTR)
+		;
+	pthread_join(session->reader, NULL);
+	pthread_mutex_lock(&session->queue_lock);
+	pthread_cond_broadcast(&session->queue_ready);
+	pthread_mutex_unlock(&session->queue_lock);
+	for (int i = 0; i < session->nfillers; i++)
+		pthread_join(session->fillers[i], NULL);
+	while (atomic_load(&session->fork_copies)) /* a child still reads our staging: it ends soon */
+		usleep(1000);
+	session_free(session);
+}
+
+void session_gone(struct sn_session *session)
+{
+	if (!atomic_exchange(&session->gone, true))
+		notify(&(struct sn_notice){.kind = SN_NOTICE_GONE, .session = session});
+}
+
+/* For the reader inside a FORK event, with the lock held: the parent runs on only after this. The child gets the
+ * table and entries as they are at the fork, and refers to the same frames. */
+int session_fork(struct sn_session *session, int uffd)
+{
+	struct sn_target target = {.pid = 0, .uffd = uffd, .agent_sock = -1, .sentinel = session->sentinel};
+	struct table *from = pm_table(&session->pm), *to;
+	struct sn_session *child;
+	bool aside = false;
+	int error;
+
+	target.page_map = sn_page_map_create();
+	if (target.page_map < 0)
+		return target.page_map;
+	child = session_new(&target, session->store, session, &error);
+	if (!child) {
+		close(target.page_map);
+		return error;
+	}
+	to = pm_edit(&child->pm);
+	to->nrecords = from->nrecords;
+	memcpy(to->records, from->records, from->nrecords * sizeof(from->records[0]));
+	for (uint64_t i = 0; i < from->nrecords; i++) {
+		const struct record *record = &from->records[i];
+
+		aside |= record->aside != 0;
+		memcpy((void *)(child->pm.entries + record->first), (void *)(session->pm.entries + record->first),
+		       record->npages * 8);
+		for (uint64_t k = 0; k < record->npages; k++)
+			store_hold_entry(session->store, child->pm.entries[record->first + k]);
+	}
+	child->pm.header->nentries = child->pm.alloc_next = session->pm.alloc_next;
+	pm_commit(&child->pm, 0);
+	if (aside)
+		atomic_fetch_add(&session->fork_copies, 1);
+	else
+		child->parent = NULL;
+	session->forked = child->forked = true;
+	error = session_start(child);
+	if (error) {
+		if (aside)
+			atomic_fetch_sub(&session->fork_copies, 1);
+		child->uffd = -1;
+		session_free(child);
+		return error;
+	}
+	notify(&(struct sn_notice){.kind = SN_NOTICE_CHILD, .session = session, .child = child});
+	return 0;
+}
+
+void entry_put(struct sn_session *session, uint64_t index, uint64_t entry)
+{
+	uint64_t old = atomic_exchange(&session->pm.entries[index], entry);
+
+	if (entry_has_frame(old) && (old & ENTRY_FRAME_MASK) != (entry & ENTRY_FRAME_MASK))
+		store_unhold_entry(session->store, old);
+}
+
+int sn_session_pid(struct sn_session *session)
+{
+	return atomic_load(&session->pid);
+}
+
+void sn_session_set_pid(struct sn_session *session, int pid)
+{
+	atomic_store(&session->pid, pid);
+	session->pm.header->pid = pid;
+}
+
+int sn_session_uffd(struct sn_session *session)
+{
+	return session->uffd;
+}
+
+int sn_session_take_forked(struct sn_session *session)
+{
+	return atomic_exchange(&session->forked, false);
+}
+
+struct sn_store *sn_session_store(struct sn_session *session)
+{
+	return session->store;
+}
+
+void sn_session_stats(struct sn_session *session, struct sn_stats *ret)
+{
+	*ret = session->stats;
+}
+
+void sn_session_counts(struct sn_session *session, struct sn_counts *ret)
+{
+	uint64_t *by_state[ST_COUNT] = {&ret->none, &ret->aside, &ret->stored, &ret->filled,
+					&ret->zero, &ret->guard, &ret->bad};
+	struct table *table;
+
+	memset(ret, 0, sizeof(*ret));
+	pthread_rwlock_rdlock(&session->lock);
+	table = pm_table(&session->pm);
+	ret->ranges = table->nrecords;
+	for (uint64_t i = 0; i < table->nrecords; i++)
+		for (uint64_t k = 0; k < table->records[i].npages; k++) {
+			uint64_t e = session->pm.entries[table->records[i].first + k];
+
+			if (e & ENTRY_MOVING)
+				ret->moving++;
+			if (ENTRY_STATE(e) < ST_COUNT)
+				++*by_state[ENTRY_STATE(e)];
+			if (entry_has_frame(e))
+				ret->frame_bytes += ENTRY_BYTES(e);
+		}
+	pthread_rwlock_unlock(&session->lock);
+}
+
+uint64_t sn_session_regions(struct sn_session *session, struct sn_region *ret, uint64_t capacity)
+{
+	struct table *table;
+	uint64_t n;
+
+	pthread_rwlock_rdlock(&session->lock);
+	table = pm_table(&session->pm);
+	n = table->nrecords;
+	for (uint64_t i = 0; i < n && i < capacity; i++)
+		ret[i] = (struct sn_region){table->records[i].start, table->records[i].npages, table->records[i].first,
+					    table->records[i].aside};
+	pthread_rwlock_unlock(&session->lock);
+	return n;
+}
+
+/* The sentinel page is never filled but by a mark: a copy onto it tells whether the mm is alive. */
+int sn_session_mark(struct sn_session *session, uint64_t nonce)
+{
+	uint64_t page[PAGE / 8] = {nonce};
+
+	switch (uffd_copy(session->uffd, session->sentinel, page, PAGE, 0, NULL)) {
+	case UFFD_DONE: return 0;
+	case UFFD_EXISTS: return -EEXIST;
+	case UFFD_AGAIN: return -EAGAIN;
+	case UFFD_GONE: return -ESRCH;
+	case UFFD_NO_MEMORY: return -ENOMEM;
+	default: return -ENOENT;
+	}
+}
+
+int sn_session_alive(struct sn_session *session)
+{
+	return !atomic_load(&session->gone) && uffd_wake(session->uffd, session->sentinel, PAGE) != UFFD_GONE &&
+	       uffd_zero(session->uffd, 0, PAGE) != UFFD_GONE;
+}

@@ -1,0 +1,155 @@
+"""The figures that the daemon hands out, as frozen dataclasses, and their JSON form.
+
+Owns names and units; the interface file says the same in Varlink's words, and a test compares the two.
+Knows nothing of sockets or of how a figure came to be. Sizes are bytes, `_s` seconds, `_us` microseconds.
+"""
+
+from __future__ import annotations
+
+import types
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Self, Union, cast, get_args, get_origin, get_type_hints
+
+from snapd.errors import ProtocolError
+
+
+class Report:
+    """What all reports can do: become JSON and come back from it."""
+
+    __slots__ = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a dictionary of JSON types only, one key a field."""
+        return {item.name: _plain(getattr(self, item.name)) for item in fields(cast("Any", self))}
+
+    @classmethod
+    def from_json(cls, data: object) -> Self:
+        """Return the report that `to_json` described; raises ProtocolError when a key is missing or of a wrong type.
+
+        Keys that this version does not know are left out, so that an older client reads a newer daemon.
+        """
+        if not isinstance(data, dict):
+            raise ProtocolError(f"a {cls.__name__} was expected and something else came")
+        values = {}
+        hints = get_type_hints(cls)
+        for item in fields(cast("type[Any]", cls)):
+            where = f"{cls.__name__}.{item.name}"
+            hint = hints[item.name]
+            if item.name in data or _optional(hint):
+                values[item.name] = _typed(hint, data.get(item.name), where)
+            else:
+                raise ProtocolError(f"{where} is missing")
+        return cls(**values)
+
+
+def _optional(hint: Any) -> bool:
+    return get_origin(hint) in (Union, types.UnionType) and type(None) in get_args(hint)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Report):
+        return value.to_json()
+    if isinstance(value, tuple):
+        return [_plain(one) for one in value]
+    return dict(value) if isinstance(value, dict) else value
+
+
+def _typed(hint: Any, value: Any, where: str) -> Any:
+    origin, args = get_origin(hint), get_args(hint)
+    if _optional(hint):
+        return None if value is None else _typed(next(one for one in args if one is not types.NoneType), value, where)
+    if origin is tuple and isinstance(value, list):
+        return tuple(_typed(args[0], one, f"{where}[]") for one in value)
+    if origin is dict and isinstance(value, dict):
+        return {key: _typed(args[1], one, f"{where}[{key}]") for key, one in value.items()}
+    if is_dataclass(hint) and isinstance(hint, type) and issubclass(hint, Report):
+        return hint.from_json(value)
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        raise ProtocolError(f"{where} has the wrong type")
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class DumpProgress(Report):
+    """How far a dump or a restore has come."""
+
+    pid: int
+    done_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class DumpReport(Report):
+    """What one dump did.
+
+    `moved_bytes` went aside and did not return at once; of these `stored_bytes` is what their new frames take in
+    the store, `zero_bytes` were all zero, and `clean_bytes` kept the frames that they had. `freed_bytes` is what
+    the target's resident memory lost, `pinned_bytes` what the kernel held on to. `skipped_bytes` were looked at
+    and left alone, and `skipped` has them by reason. A stop is a pause of the target; its times are microseconds.
+    """
+
+    pid: int
+    moved_bytes: int
+    stored_bytes: int
+    zero_bytes: int
+    clean_bytes: int
+    skipped_bytes: int
+    freed_bytes: int
+    pinned_bytes: int
+    duration_s: float
+    stops: int
+    longest_stop_us: int
+    sum_stop_us: int
+    pieces_put_off: int
+    skipped: dict[str, int] = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreReport(Report):
+    """What one restore brought back."""
+
+    pid: int
+    restored_bytes: int
+    duration_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class DaemonInfo(Report):
+    """The daemon itself; `keeper_pid` is None when it has no understudy."""
+
+    pid: int
+    keeper_pid: int | None
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class SessionInfo(Report):
+    """One target.
+
+    `resident_bytes` is in memory, `swapped_bytes` is out of it, `stored_bytes` is what that takes in the store.
+    `fault_p50_us` and `fault_p99_us` are None until a fault was answered. `bad_pages` could not be read back.
+    `parent` is the pid of the session that this process was forked from, or None.
+    """
+
+    pid: int
+    uid: int
+    comm: str
+    state: str
+    resident_bytes: int
+    swapped_bytes: int
+    stored_bytes: int
+    faults: int
+    fault_p50_us: float | None
+    fault_p99_us: float | None
+    bad_pages: int
+    parent: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class StatusReport(Report):
+    """The daemon and the sessions that the caller may see."""
+
+    daemon: DaemonInfo
+    sessions: tuple[SessionInfo, ...]
