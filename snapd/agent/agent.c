@@ -211,6 +211,36 @@ static long advise(struct snapd_wire *m)
 	return first;
 }
 
+static void pause_us(unsigned long us)
+{
+	struct __kernel_timespec time = {.tv_sec = (long)us / 1000000, .tv_nsec = (long)us % 1000000 * 1000};
+
+	raw2(__NR_nanosleep, &time, 0);
+}
+
+/* In slices of length bytes with a breath of value us between them: munmap of 4 KiB pages holds the mmap lock for
+ * 60-85 us a MiB, and back to back it would starve the program's own mmap callers. */
+static long unmap(const struct snapd_wire *m)
+{
+	long first = 0;
+
+	for (unsigned int i = 0; i < m->nruns && i < SNAPD_WIRE_RUNS; i++) {
+		__u64 at = m->runs[i].start, end = at + m->runs[i].length;
+
+		while (at < end) {
+			__u64 slice = m->length && m->length < end - at ? m->length : end - at;
+			long ret = raw2(__NR_munmap, at, slice);
+
+			if (ret < 0 && !first)
+				first = ret;
+			at += slice;
+			if (m->value && at < end)
+				pause_us(m->value);
+		}
+	}
+	return first;
+}
+
 /* Guards go in by one call for all runs: a touch meanwhile waits in the daemon and is woken after it. */
 static long install_guards(struct snapd_wire *m)
 {
@@ -334,7 +364,7 @@ static void execute(struct agent *agent, struct snapd_wire *m, int fds[NFDS])
 		ret = move_back(m);
 		break;
 	case SNAPD_UNMAP:
-		ret = raw2(__NR_munmap, m->addr, m->length);
+		ret = unmap(m);
 		break;
 	case SNAPD_ADVISE:
 		ret = advise(m);
@@ -448,13 +478,6 @@ static void allow_tracer(int sock)
 		raw5(__NR_prctl, PR_SET_PTRACER, peer.pid, 0, 0, 0);
 }
 
-static void pause_ms(unsigned int ms)
-{
-	struct __kernel_timespec time = {.tv_sec = ms / 1000, .tv_nsec = (ms % 1000) * 1000000L};
-
-	raw2(__NR_nanosleep, &time, 0);
-}
-
 static void wait_hangup(int sock)
 {
 	struct pollfd wait = {.fd = sock, .events = POLLRDHUP};
@@ -500,7 +523,7 @@ void agent_main(void *arg)
 		}
 		if (__atomic_load_n(&agent->leaving, __ATOMIC_SEQ_CST))
 			break;
-		pause_ms(backoff_ms);
+		pause_us(backoff_ms * 1000UL);
 		if (backoff_ms < 2000)
 			backoff_ms *= 2;
 	}

@@ -51,7 +51,11 @@ def serve(runtime_dir: Path, state_dir: Path) -> None:
         agent = lock.bind(AGENT_SOCKET, socket.SOCK_SEQPACKET)
         agent.listen(128)
         log.info("serving %s (%s)", runtime_dir, source)
-        trio.run(_main, control, agent, state_dir, strict_exception_groups=True)
+        try:
+            trio.run(_main, control, agent, state_dir)
+        except Exception:
+            log.exception("the daemon ends by a mistake of its own")
+            raise
 
 
 def _raise_limits() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import time
 from functools import partial
 from typing import TYPE_CHECKING, Final, TypeVar
 
@@ -42,8 +43,8 @@ FRAME_ERRORS: Final = {
     5: "its entry makes no sense",
 }
 RETRY_SHUTDOWN_S: Final = 1.0
-CHILD_PID_TRIES: Final = 50
-CHILD_PID_DELAY_S: Final = 0.02
+PROGRESS_INTERVAL_S: Final = 0.05
+CHILD_PID_DELAYS_S: Final = (0.0, 0.05, 0.2, 0.5, 1.0, 2.0, 4.0)
 
 
 class Manager:
@@ -86,8 +87,13 @@ class Manager:
     def _from_thread(self, progress: Progress) -> Progress:
         token = trio.lowlevel.current_trio_token()
 
+        said = 0.0
+
         def report(value: DumpProgress) -> None:
-            token.run_sync_soon(progress, value, idempotent=False)
+            nonlocal said
+            if (now := time.monotonic()) - said >= PROGRESS_INTERVAL_S:
+                said = now
+                token.run_sync_soon(progress, value)
 
         return report
 
@@ -232,18 +238,19 @@ class Manager:
     async def _name_child(self, child: Session) -> None:
         """Find the pid of a forked child: it is the process that has our nonce on its sentinel page."""
         child.nonce = secrets.randbits(63) | 1
-        for _ in range(CHILD_PID_TRIES):
+        for attempt, delay_s in enumerate(CHILD_PID_DELAYS_S):
+            await trio.sleep(delay_s)
             if child.state is State.GONE or child.gone.is_set():
                 return
             child.native.mark(child.nonce)
             relatives = procfs.children(child.parent.pid) if child.parent and child.parent.pid else []
             known = {one.pid for one in self._sessions.values()}
-            for pid in [one for one in relatives if one not in known] or procfs.processes():
+            # A grandchild whose parent is gone has another parent by now: look at all, but not each time.
+            for pid in relatives if attempt < len(CHILD_PID_DELAYS_S) // 2 else procfs.processes():
                 if pid not in known and _nonce_of(pid, child.sentinel) == child.nonce:
                     child.pid = pid
                     child.native.set_pid(pid)
                     return
-            await trio.sleep(CHILD_PID_DELAY_S)
 
     async def give_everything_back(self) -> None:
         """Restore all sessions, for the end of the daemon. What does not fit into memory is said, and waits."""
@@ -253,10 +260,7 @@ class Manager:
             for session in list(self._sessions.values()):
                 try:
                     async with session.doing(State.RESTORING):
-                        if not session.pid:
-                            await self._in_thread(lambda one=session: one.native.restore(0, 1 << 47))  # type: ignore[misc]
-                        else:
-                            await self._in_thread(partial(session.restore, lambda _: None))
+                        await self._in_thread(partial(session.restore, lambda _: None))
                         await self._in_thread(session.empty_agent)
                 except TargetGone:
                     continue

@@ -180,6 +180,9 @@ class Session:
         total = self.left_bytes()
         pages = 0
         try:
+            if not self.pid:  # a child that was not found yet: its pages come back, the watch ends with it
+                pages += self.native.restore(*_EVERYWHERE)
+                return RestoreReport(pid=0, restored_bytes=pages * PAGE, duration_s=time.monotonic() - began)
             for start, end in _slices(self.native.regions()):
                 pages += self.native.restore(start, end)
                 progress(DumpProgress(self.pid, min(pages * PAGE, total), total))

@@ -185,6 +185,8 @@ struct filler { /* one thread's means of filling */
 	unsigned char *page;  /* one page */
 };
 
+struct stop;
+
 struct sn_session {
 	atomic_int pid;
 	int uffd, agent_sock, wake_fd;
@@ -195,6 +197,7 @@ struct sn_session {
 	struct page_map pm;
 
 	pthread_mutex_t mover;
+	struct stop *stop; /* made when first used; for whoever holds mover */
 	uint32_t mover_seq;
 	pthread_rwlock_t lock;
 	bool in_stop; /* all but the agent stands: events are our own */
@@ -221,9 +224,11 @@ struct sn_session {
 
 /* session.c */
 uint64_t now_ns(void);
+void prefer_thread(int nice); /* best effort: a plain user may not raise itself */
 void notify(const struct sn_notice *notice);
 struct sn_session *session_new(const struct sn_target *target, struct sn_store *store, struct sn_session *parent,
 			       int *ret_error);
+struct stop *session_stop(struct sn_session *session);
 int session_start(struct sn_session *session);
 int session_fork(struct sn_session *session, int uffd);
 void session_gone(struct sn_session *session);
@@ -260,7 +265,6 @@ void *filler_main(void *session);
 
 /* stop.c */
 #define MAX_THREADS 8192
-struct stop;
 struct stop *stop_create(void);
 void stop_destroy(struct stop *stop);
 int stop_begin(struct stop *stop, int pid, const int skip[2]); /* an sn_outcome */
@@ -270,10 +274,13 @@ void stop_end(struct stop *stop);
 
 /* mover.c: commands of the agent; for whoever holds session->mover */
 int mover_call(struct sn_session *session, struct snapd_wire *message);
-int mover_unmap(struct sn_session *session, uint64_t start, uint64_t bytes);
+int mover_unmap(struct sn_session *session, const struct snapd_run *runs, unsigned int nruns, uint64_t slice,
+		unsigned int breath_us);
 
 /* pack.c */
 int pack_start(int nthreads);
+void pack_pause(void); /* while a target stands; pauses nest */
+void pack_continue(void);
 
 /* piece.c */
 struct segment { /* staging pages in a row and their entries */
@@ -288,7 +295,6 @@ struct sn_piece {
 	long nsegments;
 	uint8_t *decisions;
 	struct snapd_page_region *regions;
-	struct stop *stop;
 	/* packing */
 	pthread_mutex_t lock;
 	pthread_cond_t done;

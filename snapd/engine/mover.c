@@ -35,12 +35,17 @@ int mover_call(struct sn_session *session, struct snapd_wire *message)
 }
 
 /* The unmap's event may be read after somebody's REMAP onto the same addresses: it is owed before it can come. */
-int mover_unmap(struct sn_session *session, uint64_t start, uint64_t bytes)
+int mover_unmap(struct sn_session *session, const struct snapd_run *runs, unsigned int nruns, uint64_t slice,
+		unsigned int breath_us)
 {
-	struct snapd_wire message = {.kind = SNAPD_UNMAP, .addr = start, .length = bytes};
+	struct snapd_wire message = {.kind = SNAPD_UNMAP, .length = slice, .value = breath_us, .nruns = nruns};
+	struct table *table;
 
+	memcpy(message.runs, runs, nruns * sizeof(runs[0]));
 	pthread_rwlock_wrlock(&session->lock);
-	pm_add_debt(pm_edit(&session->pm), start, start + bytes);
+	table = pm_edit(&session->pm);
+	for (unsigned int i = 0; i < nruns; i++)
+		pm_add_debt(table, runs[i].start, runs[i].start + runs[i].length);
 	pm_commit(&session->pm, pm_applied(&session->pm));
 	pthread_rwlock_unlock(&session->lock);
 	return mover_call(session, &message);

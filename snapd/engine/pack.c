@@ -7,9 +7,9 @@
 
 #include <errno.h>
 #include <limits.h>
+#include <linux/futex.h>
 #include <stdlib.h>
 #include <sys/mman.h>
-#include <sys/resource.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -39,6 +39,28 @@ struct batch {
 	uint64_t used;
 	unsigned char *frames, *pages;
 };
+
+static unsigned int stops; /* futex: how many stops are under way */
+
+/* A target stands and waits for a CPU to be stopped on, moved by and let go: packing makes room meanwhile. */
+void pack_pause(void)
+{
+	__atomic_fetch_add(&stops, 1, __ATOMIC_SEQ_CST);
+}
+
+void pack_continue(void)
+{
+	if (__atomic_sub_fetch(&stops, 1, __ATOMIC_SEQ_CST) == 0)
+		syscall(SYS_futex, &stops, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
+}
+
+static void make_room(void)
+{
+	unsigned int n;
+
+	while ((n = __atomic_load_n(&stops, __ATOMIC_RELAXED)) != 0)
+		syscall(SYS_futex, &stops, FUTEX_WAIT_PRIVATE, n, NULL, NULL, 0);
+}
 
 static bool is_zero(const unsigned char *page)
 {
@@ -128,6 +150,7 @@ static int pack_job(const struct job *job, struct frame_packer *packer, struct b
 	for (int i = 0; i < batch->n; i++) {
 		const unsigned char *page = batch->pages + (uint64_t)i * PAGE;
 
+		make_room();
 		if (is_zero(page)) {
 			if (publish(session, batch->index[i], ST_ZERO))
 				report->zero_pages++;
@@ -147,7 +170,7 @@ static void *pack_main(void *unused)
 	struct batch batch = {.n = 0};
 
 	(void)unused;
-	setpriority(PRIO_PROCESS, (id_t)syscall(SYS_gettid), 10);
+	prefer_thread(10);
 	batch.pages = mmap(NULL, BATCH_PAGES * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	batch.frames = mmap(NULL, BATCH_PAGES * FRAME_MAX + PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	if (!packer || batch.pages == MAP_FAILED || batch.frames == MAP_FAILED) {

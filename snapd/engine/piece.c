@@ -60,7 +60,6 @@ struct sn_piece *sn_piece_create(struct sn_session *session, uint64_t start, uin
 	piece->segments = calloc(MAX_SEGMENTS_OF_PIECE, sizeof(*piece->segments));
 	piece->decisions = calloc(npages, 1);
 	piece->regions = calloc(npages + 1, sizeof(*piece->regions));
-	piece->stop = stop_create();
 	pthread_mutex_init(&piece->lock, NULL);
 	pthread_cond_init(&piece->done, NULL);
 	pthread_rwlock_wrlock(&session->lock);
@@ -74,7 +73,7 @@ struct sn_piece *sn_piece_create(struct sn_session *session, uint64_t start, uin
 	/* Congruent modulo 2 MiB with the source: huge pages stay whole and page tables move by the table. */
 	piece->hint = (hint & ~(HUGE_BYTES - 1)) + (uint64_t)(piece->slot < 0 ? 0 : piece->slot) * SLOT_BYTES +
 		      start % HUGE_BYTES;
-	if (!piece->segments || !piece->decisions || !piece->regions || !piece->stop || piece->slot < 0) {
+	if (!piece->segments || !piece->decisions || !piece->regions || piece->slot < 0) {
 		sn_piece_free(piece);
 		return NULL;
 	}
@@ -91,8 +90,6 @@ void sn_piece_free(struct sn_piece *piece)
 		session->pm.header->intents[piece->slot] = (struct intent){0};
 	}
 	pthread_rwlock_unlock(&session->lock);
-	if (piece->stop)
-		stop_destroy(piece->stop);
 	pthread_mutex_destroy(&piece->lock);
 	pthread_cond_destroy(&piece->done);
 	free(piece->segments);
@@ -136,7 +133,7 @@ static int recheck(struct sn_piece *piece, const struct files *files, struct sna
 		return errno == ESRCH ? SN_GONE : SN_CHANGED;
 	if (vma->vma_start > piece->start || vma->vma_end < end || vma->inode || vma->dev_major || vma->dev_minor ||
 	    !(vma->vma_flags & SNAPD_PROCMAP_VMA_READABLE) || !(vma->vma_flags & SNAPD_PROCMAP_VMA_WRITABLE) ||
-	    vma->vma_flags & SNAPD_PROCMAP_VMA_SHARED || stop_touches(piece->stop, piece->start, end))
+	    vma->vma_flags & SNAPD_PROCMAP_VMA_SHARED || stop_touches(piece->session->stop, piece->start, end))
 		return SN_CHANGED;
 	return SN_MOVED;
 }
@@ -565,44 +562,73 @@ static int inside_stop(struct sn_piece *piece, const struct files *files, struct
 	return SN_MOVED;
 }
 
-int sn_piece_move(struct sn_piece *piece, struct sn_piece_report *ret)
+static void move_piece(struct sn_piece *piece, struct sn_piece_report *ret)
 {
 	struct sn_session *session = piece->session;
+	struct snapd_run staging;
 	struct files files = {-1, -1};
 	uint64_t began;
 	int error;
 
-	memset(ret, 0, sizeof(*ret));
-	pthread_mutex_lock(&session->mover);
 	error = open_files(atomic_load(&session->pid), &files);
 	if (!error)
 		error = stage(piece);
 	if (error) {
 		ret->cause = error;
-		ret->outcome = error == -ENOMEM			      ? SN_NO_ROOM
-			       : error == -EPIPE || error == -ESRCH || error == -ENOENT ? SN_GONE
-										  : SN_FAILED;
-		goto out;
-	}
-	began = now_ns();
-	ret->outcome = stop_begin(piece->stop, atomic_load(&session->pid), session->agent_tids);
-	ret->until_stopped_ns = now_ns() - began;
-	ret->threads = stop_threads(piece->stop);
-	if (ret->outcome == SN_MOVED) {
-		ret->outcome = inside_stop(piece, &files, ret);
-		stop_end(piece->stop);
-	}
-	ret->stop_ns = now_ns() - began;
-	if (piece->aside && ret->outcome == SN_MOVED && !piece->keep_aside) {
-		mover_unmap(session, piece->aside, piece_bytes(piece)); /* empty but for clean pages */
-		piece->aside = 0;
+		ret->outcome = error == -ENOMEM ? SN_NO_ROOM
+			       : error == -EPIPE || error == -ESRCH || error == -ENOENT ? SN_GONE : SN_FAILED;
+	} else {
+		pack_pause();
+		began = now_ns();
+		ret->outcome = stop_begin(piece->session->stop, atomic_load(&session->pid), session->agent_tids);
+		ret->until_stopped_ns = now_ns() - began;
+		ret->threads = stop_threads(piece->session->stop);
+		if (ret->outcome == SN_MOVED)
+			ret->outcome = inside_stop(piece, &files, ret);
+		stop_end(piece->session->stop);
+		ret->stop_ns = now_ns() - began;
+		pack_continue();
 	}
 	if (ret->outcome != SN_MOVED && piece->staging) {
-		mover_unmap(session, piece->staging, piece_bytes(piece));
+		staging = (struct snapd_run){piece->staging, piece_bytes(piece)};
+		mover_unmap(session, &staging, 1, 0, 0);
 		piece->staging = 0;
 	}
-out:
 	close_files(&files);
+}
+
+struct move_job {
+	struct sn_piece *piece;
+	struct sn_piece_report *ret;
+};
+
+static void *move_main(void *arg)
+{
+	struct move_job *job = arg;
+
+	prefer_thread(-10);
+	move_piece(job->piece, job->ret);
+	return NULL;
+}
+
+/* A thread of its own is the tracer: when it ends, the kernel lets go of a thread that would not stand (it sleeps in
+ * vfork or on a dead disk and can't be detached) together with all others. */
+int sn_piece_move(struct sn_piece *piece, struct sn_piece_report *ret)
+{
+	struct move_job job = {piece, ret};
+	struct sn_session *session = piece->session;
+	pthread_t thread;
+	int error;
+
+	memset(ret, 0, sizeof(*ret));
+	pthread_mutex_lock(&session->mover);
+	error = session_stop(session) ? pthread_create(&thread, NULL, move_main, &job) : ENOMEM;
+	if (error) {
+		ret->outcome = SN_FAILED;
+		ret->cause = -error;
+	} else {
+		pthread_join(thread, NULL);
+	}
 	pthread_mutex_unlock(&session->mover);
 	return ret->outcome == SN_MOVED ? 0 : -EAGAIN;
 }
@@ -678,16 +704,17 @@ static int leave_staging(struct sn_piece *piece)
 int sn_piece_drop(struct sn_piece *piece, uint64_t slice, unsigned int breath_us)
 {
 	struct sn_session *session = piece->session;
-	uint64_t bytes = piece_bytes(piece);
-	int error = piece->staging ? leave_staging(piece) : 0;
+	struct snapd_run runs[2] = {{piece->staging, piece_bytes(piece)}, {piece->aside, piece_bytes(piece)}};
+	int error;
 
-	for (uint64_t at = 0; piece->staging && at < bytes && !error; at += slice) {
-		pthread_mutex_lock(&session->mover);
-		error = mover_unmap(session, piece->staging + at, min_u64(slice, bytes - at));
-		pthread_mutex_unlock(&session->mover);
-		if (at + slice < bytes)
-			usleep(breath_us);
-	}
+	if (!piece->staging)
+		return 0;
+	error = leave_staging(piece);
+	if (error)
+		return error;
+	pthread_mutex_lock(&session->mover);
+	error = mover_unmap(session, runs, piece->keep_aside ? 1 : 2, slice, breath_us);
+	pthread_mutex_unlock(&session->mover);
 	if (!error)
 		piece->staging = 0;
 	return error;

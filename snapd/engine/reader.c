@@ -138,6 +138,9 @@ static void give_page(struct sn_session *session, uint64_t index, const void *pa
 		pthread_rwlock_unlock(&session->lock);
 		if (result == UFFD_GONE)
 			session_gone(session);
+		if (result == UFFD_DONE && lost)
+			notify(&(struct sn_notice){.kind = SN_NOTICE_BAD_FRAME, .session = session, .address = address,
+						   .cause = ESRCH});
 		if (result != UFFD_AGAIN && result != UFFD_NO_MEMORY)
 			return;
 		drain(session, pending);
@@ -168,11 +171,6 @@ static void copy_aside_of_parent(struct sn_session *session, struct pending *pen
 				if (ENTRY_STATE(session->pm.entries[index]) != ST_ASIDE)
 					continue;
 				lost = aside_read(atomic_load(&parent->pid), from, pages, PAGE) != (long)PAGE;
-				if (lost)
-					notify(&(struct sn_notice){.kind = SN_NOTICE_BAD_FRAME,
-								   .session = session,
-								   .address = record->start + k * PAGE,
-								   .cause = ESRCH});
 				give_page(session, index, pages, lost, pending);
 			}
 		}
@@ -201,6 +199,7 @@ void *reader_main(void *arg)
 		free(pending);
 		return NULL;
 	}
+	prefer_thread(-10);
 	if (session->parent)
 		copy_aside_of_parent(session, pending);
 	while (!atomic_load(&session->stopping)) {

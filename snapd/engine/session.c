@@ -9,6 +9,8 @@
 #include <stdlib.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
+#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -27,6 +29,11 @@ uint64_t now_ns(void)
 
 	clock_gettime(CLOCK_MONOTONIC, &time);
 	return (uint64_t)time.tv_sec * 1000000000ULL + (uint64_t)time.tv_nsec;
+}
+
+void prefer_thread(int nice)
+{
+	setpriority(PRIO_PROCESS, (id_t)syscall(SYS_gettid), nice);
 }
 
 int sn_notice_fd(void)
@@ -111,6 +118,13 @@ struct sn_session *session_new(const struct sn_target *target, struct sn_store *
 	return session;
 }
 
+struct stop *session_stop(struct sn_session *session)
+{
+	if (!session->stop)
+		session->stop = stop_create();
+	return session->stop;
+}
+
 int session_start(struct sn_session *session)
 {
 	pthread_attr_t attributes;
@@ -136,6 +150,7 @@ static void session_free(struct sn_session *session)
 		close(session->agent_sock);
 	close(session->wake_fd);
 	free(session->scratch);
+	stop_destroy(session->stop);
 	pm_close(&session->pm);
 	sn_store_release(session->store);
 	pthread_mutex_destroy(&session->mover);

@@ -232,28 +232,13 @@ static void look_at_registers(struct stop *stop)
 	}
 }
 
+/* Lets all go that stand. One that does not stand yet is let go by the kernel when the calling thread ends. */
 void stop_end(struct stop *stop)
 {
-	int status;
-
 	for (int i = 0; i < stop->nthreads; i++) {
 		struct thread *thread = &stop->threads[i];
 
-		if (thread->gone)
-			continue;
-		/* A thread that did not stand yet must before it can be let go. */
-		while (!thread->stopped && !thread->gone) {
-			pid_t tid = waitpid(thread->tid, &status, __WALL | __WNOTHREAD);
-
-			if (tid == thread->tid && WIFSTOPPED(status)) {
-				thread->stopped = true;
-				if (status >> 16 == 0)
-					thread->signal = WSTOPSIG(status);
-			} else if (tid == thread->tid || (tid < 0 && errno != EINTR)) {
-				thread->gone = true;
-			}
-		}
-		if (!thread->gone)
+		if (thread->stopped && !thread->gone)
 			ptrace(PTRACE_DETACH, thread->tid, NULL, (void *)(long)thread->signal);
 	}
 	stop->nthreads = 0;
@@ -277,7 +262,6 @@ int stop_begin(struct stop *stop, int pid, const int skip[2])
 		look_at_registers(stop);
 		return stop->nthreads ? SN_MOVED : SN_GONE;
 	}
-	stop_end(stop);
 	if (error)
 		return SN_BUSY;
 	return found == -ESRCH ? SN_GONE : found == -EPERM ? SN_TRACED : SN_BUSY;
@@ -292,33 +276,50 @@ bool stop_touches(const struct stop *stop, uint64_t start, uint64_t end)
 		if (!thread->have_regs)
 			continue;
 		sp = arch_sp(&thread->regs);
-		tls = arch_tls(&thread->regs);
+		tls = PAGE_DOWN(arch_tls(&thread->regs));
 		if ((sp >= start && sp < end) || (tls + 2 * PAGE > start && tls < end + PAGE))
 			return true;
 	}
 	return false;
 }
 
+struct survey_job {
+	struct sn_session *session;
+	struct stop *stop;
+	struct sn_thread *ret;
+	int capacity, n, outcome;
+	uint64_t stop_ns;
+};
+
+static void *survey_main(void *arg)
+{
+	struct survey_job *job = arg;
+	uint64_t began = now_ns();
+
+	prefer_thread(-10);
+	job->outcome = stop_begin(job->stop, atomic_load(&job->session->pid), job->session->agent_tids);
+	for (int i = 0; i < job->stop->nthreads && job->n < job->capacity; i++) {
+		const struct thread *thread = &job->stop->threads[i];
+
+		if (thread->have_regs)
+			job->ret[job->n++] = (struct sn_thread){thread->tid, arch_sp(&thread->regs), arch_tls(&thread->regs)};
+	}
+	stop_end(job->stop);
+	job->stop_ns = now_ns() - began;
+	return NULL;
+}
+
 int sn_survey(struct sn_session *session, struct sn_thread *ret, int capacity, int *ret_n, uint64_t *ret_stop_ns)
 {
-	struct stop *stop = stop_create();
-	uint64_t began = now_ns();
-	int outcome;
+	struct survey_job job = {.session = session, .ret = ret, .capacity = capacity, .outcome = SN_FAILED};
+	pthread_t thread;
 
-	*ret_n = 0;
-	if (!stop)
-		return SN_FAILED;
-	began = now_ns();
-	outcome = stop_begin(stop, atomic_load(&session->pid), session->agent_tids);
-	if (outcome == SN_MOVED) {
-		for (int i = 0; i < stop->nthreads && *ret_n < capacity; i++)
-			if (stop->threads[i].have_regs)
-				ret[(*ret_n)++] = (struct sn_thread){stop->threads[i].tid,
-								     arch_sp(&stop->threads[i].regs),
-								     arch_tls(&stop->threads[i].regs)};
-		stop_end(stop);
-	}
-	*ret_stop_ns = now_ns() - began;
-	stop_destroy(stop);
-	return outcome;
+	pthread_mutex_lock(&session->mover);
+	job.stop = session_stop(session);
+	if (job.stop && pthread_create(&thread, NULL, survey_main, &job) == 0)
+		pthread_join(thread, NULL);
+	pthread_mutex_unlock(&session->mover);
+	*ret_n = job.n;
+	*ret_stop_ns = job.stop_ns;
+	return job.outcome;
 }
