@@ -6,6 +6,7 @@ directory. Knows nothing of what is spoken on the sockets or kept in the stores.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
@@ -81,6 +82,8 @@ def make_state_dir(path: Path) -> None:
     try:
         os.close(os.open(path, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600))
     except OSError as error:
+        if error.errno in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+            return  # a file system without unnamed files: the store knows another way
         raise DirectoryUnusable(str(path), os.strerror(error.errno or 0)) from error
 
 

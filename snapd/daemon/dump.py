@@ -118,7 +118,7 @@ class Dump:
 
     def _check_target(self) -> None:
         status = procfs.status(self._pid)
-        if not status:
+        if not status or status.get("State", "?")[0] in "ZX":
             raise TargetGone(self._pid)
         if status.get("State", "?")[0] == "T":
             raise TargetStopped(self._pid)  # its agent stands too
@@ -136,6 +136,8 @@ class Dump:
             other = next((p for p in procfs.processes() if p != self._pid and engine.same_memory(self._pid, p)), 0)
             if not other:
                 return
+            if not self._native.alive():  # without an address space it equals every kernel thread
+                raise TargetGone(self._pid)
             time.sleep(2 * RETRY_DELAY_S)
         raise SharedMemory(self._pid, other)
 
@@ -299,7 +301,7 @@ class Dump:
                     piece.give_back()
                 piece.drop(DROP_SLICE_BYTES, DROP_BREATH_US)
             except OSError as error:
-                if self._native.alive():
+                if error.errno not in (errno.EPIPE, errno.ESRCH) and self._native.alive():
                     log.warning("pid %d: a piece stays aside: %s", self._pid, error.strerror)
                     self._session.stuck.append(piece)
                     continue

@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import trio
 
@@ -22,9 +22,6 @@ from snapd.daemon import agents, server
 from snapd.daemon.manager import Manager
 from snapd.directories import AGENT_SOCKET, RuntimeLock, make_state_dir
 from snapd.errors import Internal
-
-if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
 
 log = logging.getLogger(__name__)
 
@@ -85,25 +82,16 @@ def _lock_memory() -> None:
 async def _main(control: socket.socket, agent: socket.socket, state_dir: Path) -> None:
     async with trio.open_nursery() as nursery:
         manager = Manager(state_dir, nursery)
-        await _until_signal(
-            [
-                lambda: server.serve_control(control, manager),
-                lambda: agents.serve_agents(agent, manager.handlers(), manager.may),
-            ],
-            nursery,
-            manager,
-        )
+        nursery.start_soon(manager.listen_to_engine)
+        nursery.start_soon(agents.serve_agents, agent, manager.handlers(), manager.may)
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            async with trio.open_nursery() as serving:
+                serving.start_soon(server.serve_control, control, manager)
+                async for number in signals:
+                    log.info("%s: giving everything back", signal.Signals(number).name)
+                    break
+                # Dumps that run are finished first: they need their agents.
+                serving.cancel_scope.cancel()
+            manager.closing = True
+            await manager.give_everything_back()
         nursery.cancel_scope.cancel()
-
-
-async def _until_signal(services: list[Callable[[], Awaitable[None]]], nursery: trio.Nursery, manager: Manager) -> None:
-    nursery.start_soon(manager.listen_to_engine)
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        async with trio.open_nursery() as serving:
-            for service in services:
-                serving.start_soon(service)
-            async for number in signals:
-                log.info("%s: giving everything back", signal.Signals(number).name)
-                break
-            serving.cancel_scope.cancel()
-        await manager.give_everything_back()

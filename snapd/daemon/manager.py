@@ -57,6 +57,7 @@ class Manager:
         self._sessions: dict[int, Session] = {}  # by the engine's key
         self._threads = trio.CapacityLimiter(64)
         self._refused: set[tuple[int, str]] = set()
+        self.closing = False
 
     def handlers(self) -> dict[Kind, agents.Handler]:
         """Return what to do with the first message of an agent's connection."""
@@ -149,6 +150,8 @@ class Manager:
         return StatusReport(DaemonInfo(os.getpid(), None, __version__), tuple(infos))
 
     async def _hello(self, sock: AgentSocket, hello: Message, peer: Peer) -> None:
+        if self.closing:
+            return  # the next daemon will have it
         old = self._find(peer.pid)
         if old is not None:
             # The program has been replaced by exec, and its new agent was quicker than the end of the old connection.
@@ -230,7 +233,7 @@ class Manager:
                 if session:
                     session.gone.set()
             case NoticeKind.BAD_FRAME:
-                reason = FRAME_ERRORS.get(notice.cause, os.strerror(notice.cause))
+                reason = FRAME_ERRORS.get(notice.cause, "its parent died before it was copied")
                 log.error("%s: the page at %#x is lost: %s; touching it raises SIGBUS", name, notice.address, reason)
             case NoticeKind.TROUBLE:
                 log.warning("%s: %s (at %#x)", name, os.strerror(abs(notice.cause)), notice.address)

@@ -157,6 +157,7 @@ static enum fill_result fill_zero(struct sn_session *session, const struct place
 
 enum fill_result fill_page(struct sn_session *session, struct filler *filler, uint64_t address, bool write, bool nowait)
 {
+	filler->from_store = false;
 	for (;;) {
 		struct place place, again;
 		enum frame_error error = FRAME_OK;
@@ -203,6 +204,7 @@ enum fill_result fill_page(struct sn_session *session, struct filler *filler, ui
 			/* A page that equals its frame is write-protected: PAGEMAP_SCAN tells later whether it still does. */
 			result = uffd_copy(session->uffd, address, filler->page, PAGE,
 					   state == ST_STORED ? SNAPD_UFFDIO_COPY_MODE_WP : 0, NULL);
+			filler->from_store = result == UFFD_DONE && state == ST_STORED;
 			if (result == UFFD_DONE)
 				now_present(session, &place);
 			ret = result_of(session, address, result);

@@ -183,6 +183,7 @@ struct filler { /* one thread's means of filling */
 	struct frame_opener *opener;
 	unsigned char *frame; /* FRAME_MAX bytes */
 	unsigned char *page;  /* one page */
+	bool from_store;      /* the last fill was */
 };
 
 struct stop;
@@ -263,6 +264,36 @@ void fill_count(struct sn_session *session, uint64_t since_ns);
 int fill_queue(struct sn_session *session, struct fault fault);
 void *filler_main(void *session);
 
+/* bulk.c */
+#define RUN_PAGES 128
+struct run { /* pages in a row and the entries they had when they were looked up */
+	uint64_t start, first;
+	uint64_t entries[RUN_PAGES];
+	uint64_t n;
+};
+struct bulk {
+	struct sn_session *session;
+	struct frame_opener *opener;
+	unsigned char *pages, *frames;
+	bool keep_frames;
+	int pagemap;
+	uint64_t filled;
+};
+int bulk_init(struct bulk *bulk, struct sn_session *session, bool keep_frames);
+void bulk_deinit(struct bulk *bulk);
+bool bulk_see(struct bulk *bulk);
+bool bulk_next(struct sn_session *session, uint64_t *at, uint64_t end, struct run *ret);
+uint64_t bulk_decode(struct bulk *bulk, const struct run *run, bool nowait);
+bool bulk_has_guard(const struct bulk *bulk, uint64_t start, uint64_t npages);
+int bulk_copy(struct bulk *bulk, const struct run *run, uint64_t good);
+
+/* prefetch.c */
+struct prefetch;
+struct prefetch *prefetch_create(struct sn_session *session);
+void prefetch_destroy(struct prefetch *prefetch);
+void prefetch_note(struct prefetch *prefetch, uint64_t address); /* a stored page was filled on demand */
+bool prefetch_step(struct prefetch *prefetch);			 /* fills a few pages; false when there is nothing to do */
+
 /* stop.c */
 #define MAX_THREADS 8192
 struct stop *stop_create(void);
@@ -282,7 +313,10 @@ int pack_start(int nthreads);
 void pack_pause(void); /* while a target stands; pauses nest */
 void pack_continue(void);
 
-/* piece.c */
+/* piece.c, move.c */
+#define MAX_SEGMENTS_OF_PIECE 4096
+enum decision { KEEP, DIRTY, CLEAN, ZERO, GUARD, PINNED, LEFT_ASIDE };
+
 struct segment { /* staging pages in a row and their entries */
 	uint64_t first, npages, staging;
 };
@@ -301,5 +335,16 @@ struct sn_piece {
 	int level, jobs_left, cause;
 	struct sn_pack_report packed;
 };
+
+static inline uint64_t piece_bytes(const struct sn_piece *piece)
+{
+	return piece->npages * PAGE;
+}
+
+static inline void piece_set_phase(struct sn_piece *piece, enum phase phase)
+{
+	piece->session->pm.header->intents[piece->slot] =
+		(struct intent){phase, piece->start, piece->npages, piece->aside, piece->staging};
+}
 
 #endif

@@ -81,7 +81,8 @@ static bool drain(struct sn_session *session, struct pending *pending)
 }
 
 /* Serves what is due; what must wait stays. Returns when the next one is due, or 0 for none. */
-static uint64_t serve(struct sn_session *session, struct filler *filler, struct pending *pending)
+static uint64_t serve(struct sn_session *session, struct filler *filler, struct prefetch *prefetch,
+		      struct pending *pending)
 {
 	uint64_t now = now_ns(), next = 0;
 	int kept = 0;
@@ -97,6 +98,8 @@ static uint64_t serve(struct sn_session *session, struct filler *filler, struct 
 			result = fill_page(session, filler, fault.address, fault.write, true);
 			if (result == FILL_DONE) {
 				fill_count(session, fault.since_ns);
+				if (filler->from_store)
+					prefetch_note(prefetch, fault.address);
 				continue;
 			}
 			if (result == FILL_GONE) {
@@ -140,7 +143,7 @@ static void give_page(struct sn_session *session, uint64_t index, const void *pa
 			session_gone(session);
 		if (result == UFFD_DONE && lost)
 			notify(&(struct sn_notice){.kind = SN_NOTICE_BAD_FRAME, .session = session, .address = address,
-						   .cause = ESRCH});
+						   .cause = -ESRCH});
 		if (result != UFFD_AGAIN && result != UFFD_NO_MEMORY)
 			return;
 		drain(session, pending);
@@ -191,11 +194,14 @@ void *reader_main(void *arg)
 {
 	struct sn_session *session = arg;
 	struct pending *pending = calloc(1, sizeof(*pending));
+	struct prefetch *prefetch = prefetch_create(session);
 	struct filler filler = {0};
 	uint64_t next = 0;
+	bool ahead = false;
 
-	if (!pending || filler_init(&filler)) {
+	if (!pending || !prefetch || filler_init(&filler)) {
 		notify(&(struct sn_notice){.kind = SN_NOTICE_TROUBLE, .session = session, .cause = ENOMEM});
+		prefetch_destroy(prefetch);
 		free(pending);
 		return NULL;
 	}
@@ -208,10 +214,13 @@ void *reader_main(void *arg)
 		uint64_t now = now_ns(), wait = session->agent_sock < 0 ? PROBE_NS : ~0ULL;
 		struct timespec timeout;
 
-		if (next)
+		if (ahead)
+			wait = 0;
+		else if (next)
 			wait = min_u64(wait, next > now ? next - now : 0);
 		timeout = (struct timespec){(time_t)(wait / 1000000000ULL), (long)(wait % 1000000000ULL)};
-		if (ppoll(fds, 2, wait == ~0ULL ? NULL : &timeout, NULL) == 0 && !next && !sn_session_alive(session))
+		if (ppoll(fds, 2, wait == ~0ULL ? NULL : &timeout, NULL) == 0 && !next && !ahead &&
+		    !sn_session_alive(session))
 			session_gone(session);
 		if (fds[1].revents & POLLIN) {
 			uint64_t count;
@@ -219,9 +228,12 @@ void *reader_main(void *arg)
 			if (read(session->wake_fd, &count, sizeof(count)) < 0 && errno != EAGAIN)
 				break;
 		}
-		drain(session, pending);
-		next = serve(session, &filler, pending);
+		if (fds[0].revents)
+			drain(session, pending);
+		next = serve(session, &filler, prefetch, pending);
+		ahead = prefetch_step(prefetch);
 	}
+	prefetch_destroy(prefetch);
 	filler_deinit(&filler);
 	free(pending);
 	return NULL;

@@ -215,20 +215,15 @@ static bool waits_for_ever(const arch_regs *regs, long number)
 	}
 }
 
-static void look_at_registers(struct stop *stop)
+static void look_at_registers(struct thread *thread)
 {
-	for (int i = 0; i < stop->nthreads; i++) {
-		struct thread *thread = &stop->threads[i];
-		long number, result;
+	long number, result;
 
-		if (!thread->stopped || thread->gone)
-			continue;
-		thread->have_regs = ptrace(PTRACE_GETREGS, thread->tid, NULL, &thread->regs) == 0;
-		if (thread->have_regs && !thread->signal && arch_in_syscall(&thread->regs, &number, &result) &&
-		    result == -EINTR && waits_for_ever(&thread->regs, number)) {
-			arch_restart(&thread->regs);
-			ptrace(PTRACE_SETREGS, thread->tid, NULL, &thread->regs);
-		}
+	thread->have_regs = ptrace(PTRACE_GETREGS, thread->tid, NULL, &thread->regs) == 0;
+	if (thread->have_regs && !thread->signal && arch_in_syscall(&thread->regs, &number, &result) &&
+	    result == -EINTR && waits_for_ever(&thread->regs, number)) {
+		arch_restart(&thread->regs);
+		ptrace(PTRACE_SETREGS, thread->tid, NULL, &thread->regs);
 	}
 }
 
@@ -238,8 +233,11 @@ void stop_end(struct stop *stop)
 	for (int i = 0; i < stop->nthreads; i++) {
 		struct thread *thread = &stop->threads[i];
 
-		if (thread->stopped && !thread->gone)
-			ptrace(PTRACE_DETACH, thread->tid, NULL, (void *)(long)thread->signal);
+		if (!thread->stopped || thread->gone)
+			continue;
+		if (!thread->have_regs)
+			look_at_registers(thread);
+		ptrace(PTRACE_DETACH, thread->tid, NULL, (void *)(long)thread->signal);
 	}
 	stop->nthreads = 0;
 }
@@ -259,7 +257,9 @@ int stop_begin(struct stop *stop, int pid, const int skip[2])
 	} while (found > 0 && !error);
 	set_timer(stop, false);
 	if (found >= 0 && !error) {
-		look_at_registers(stop);
+		for (int i = 0; i < stop->nthreads; i++)
+			if (stop->threads[i].stopped && !stop->threads[i].gone)
+				look_at_registers(&stop->threads[i]);
 		return stop->nthreads ? SN_MOVED : SN_GONE;
 	}
 	if (error)

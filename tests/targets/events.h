@@ -13,7 +13,7 @@ static inline void fire_pipe(struct call *call, uint64_t number)
 
 static inline enum outcome take_number(struct call *call, int fd)
 {
-    ssize_t got = read(fd, &call->at->value, sizeof call->at->value);
+    ssize_t got = read(fd, call->at, sizeof call->at->value);
     call->got = call->at->value;
     return judge(call, got, got == sizeof call->at->value);
 }
@@ -129,7 +129,7 @@ static inline void setup_socketpair_with_timeout(struct call *call)
 
 static inline enum outcome wait_recv(struct call *call)
 {
-    ssize_t got = recv(call->fd[0], &call->at->value, sizeof call->at->value, 0);
+    ssize_t got = recv(call->fd[0], call->at, sizeof call->at->value, 0);
     call->got = call->at->value;
     return judge(call, got, got == sizeof call->at->value);
 }
