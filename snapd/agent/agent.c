@@ -339,7 +339,8 @@ static void execute(struct agent *agent, struct snapd_wire *m, int fds[NFDS])
 	m->flags = 0;
 	switch (m->kind) {
 	case SNAPD_MAKE:
-		ret = fds[0] < 0 ? -EBADF : make_userfaultfd(agent, fds[0]);
+		/* With a store in hand pages may be out: closing their userfaultfd would make them zeros. */
+		ret = agent->store >= 0 ? -EBUSY : fds[0] < 0 ? -EBADF : make_userfaultfd(agent, fds[0]);
 		break;
 	case SNAPD_HOLD:
 		close_fd(&agent->store);

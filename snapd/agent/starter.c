@@ -26,37 +26,65 @@ extern char _end[] __attribute__((visibility("hidden")));
 static struct agent *running;
 static int handlers_registered;
 
-/* Asks the daemon for kind and waits for its answer; while no daemon answers, waits for one. */
-static void ask_daemon(struct agent *agent, int kind)
+/* Asks the daemon for kind and waits for its answer; while no daemon answers, waits for one. Returns the connection, or
+ * -1 when the agent has left meanwhile. */
+static int ask_daemon(struct agent *agent, int kind)
 {
-	struct snapd_wire message = {.kind = (__u16)kind};
 	struct __kernel_timespec pause = {.tv_nsec = 20000000};
+	struct snapd_wire message;
 	int fds[3];
 
 	while (!__atomic_load_n(&agent->leaving, __ATOMIC_SEQ_CST)) {
-		int sock = agent_connect(agent->path), done = 0;
+		int sock = agent_connect(agent->path);
 
-		message.kind = (__u16)kind;
-		if (sock >= 0) {
-			done = agent_send(sock, &message, fds, 0) == 0 && agent_receive(sock, &message, fds) == 0;
+		message = (struct snapd_wire){.kind = (__u16)kind};
+		if (sock >= 0 && agent_send(sock, &message, fds, 0) == 0 && agent_receive(sock, &message, fds) == 0)
+			return sock;
+		if (sock >= 0)
 			raw1(__NR_close, sock);
-		}
-		if (done)
-			return;
 		raw2(__NR_nanosleep, &pause, 0);
 	}
+	return -1;
 }
+
+/* Without fork events: everything is in before the fork, and the open connection keeps the daemon from dumping until it
+ * is done. One fork at a time. */
+static struct {
+	unsigned int lock; /* futex */
+	int owner, sock;
+} forking;
 
 static void before_fork(void)
 {
 	struct agent *agent = running;
 
-	if (agent && __atomic_load_n(&agent->fork_wait, __ATOMIC_SEQ_CST))
-		ask_daemon(agent, SNAPD_FORK_WAIT);
+	if (!agent || !__atomic_load_n(&agent->fork_wait, __ATOMIC_SEQ_CST))
+		return;
+	while (__atomic_exchange_n(&forking.lock, 1, __ATOMIC_SEQ_CST))
+		raw4(__NR_futex, &forking.lock, FUTEX_WAIT_PRIVATE, 1, 0);
+	forking.owner = (int)raw0(__NR_gettid);
+	forking.sock = ask_daemon(agent, SNAPD_FORK_WAIT);
+}
+
+static void end_fork(void)
+{
+	if (forking.sock >= 0)
+		raw1(__NR_close, forking.sock);
+	forking.owner = 0;
+	__atomic_store_n(&forking.lock, 0, __ATOMIC_SEQ_CST);
+	raw3(__NR_futex, &forking.lock, FUTEX_WAKE_PRIVATE, 1);
+}
+
+static void in_parent(void)
+{
+	if (forking.owner == (int)raw0(__NR_gettid))
+		end_fork();
 }
 
 static void in_child(void)
 {
+	if (forking.owner)
+		end_fork();
 	running = 0; /* the region is DONTFORK, its threads stay with the parent */
 }
 
@@ -107,7 +135,7 @@ EXPORT int snapd_cooperate(const char *socket_path)
 	if (!agent)
 		return -ENOMEM;
 	if (!handlers_registered && __register_atfork) {
-		__register_atfork(before_fork, 0, in_child, 0);
+		__register_atfork(before_fork, in_parent, in_child, 0);
 		handlers_registered = 1;
 	}
 	running = agent;
@@ -131,7 +159,10 @@ EXPORT int snapd_leave(void)
 	if (!agent)
 		return -ESRCH;
 	if (__atomic_load_n(&agent->uffd, __ATOMIC_SEQ_CST) >= 0) {
-		ask_daemon(agent, SNAPD_LEAVE_WAIT);
+		int sock = ask_daemon(agent, SNAPD_LEAVE_WAIT);
+
+		if (sock >= 0)
+			raw1(__NR_close, sock);
 	} else {
 		__atomic_store_n(&agent->leaving, 1, __ATOMIC_SEQ_CST);
 	}

@@ -111,6 +111,8 @@ async def make_session(sock: AgentSocket, hello: Message, peer: Peer, state_dir:
 
     Raises UserfaultfdDenied, KernelLacks, TargetGone, ProtocolError, and what making a store raises.
     """
+    if hello.flags & HELLO_SESSION:
+        raise ProtocolError(f"pid {peer.pid} holds pages of a daemon that died, and this version can't take them over")
     with ExitStack() as undo:
         pidfd = sock.pidfd(peer.pid)
         undo.callback(os.close, pidfd)
@@ -249,8 +251,6 @@ async def _greet(sock: AgentSocket, handlers: dict[Kind, Handler], may: Callable
             handler = handlers.get(hello.kind)
             if handler is None:
                 raise ProtocolError(f"an agent began with {hello.kind.name}")
-            if hello.kind is Kind.HELLO and hello.flags & HELLO_SESSION:
-                log.info("%s: brings a session of a former daemon", who)
             await handler(sock, hello, peer)
     except EOFError:
         log.debug("%s: gone", who)
