@@ -165,16 +165,23 @@ static long make_userfaultfd(struct agent *agent, int device)
 	return 0;
 }
 
-/* The range must belong to the daemon's piece: nothing else runs in the target while this moves it. */
-static long move_aside(const struct snapd_wire *m, __u64 *ret)
+/* The ranges must belong to the daemon's piece: nothing else runs in the target while this moves them. */
+static long move_aside(struct snapd_wire *m)
 {
-	long to = raw5(__NR_mremap, m->addr, m->length, m->length, SNAPD_MREMAP_MAYMOVE | SNAPD_MREMAP_DONTUNMAP,
-		       m->dest);
+	for (unsigned int i = 0; i + 1 < m->nruns && i + 1 < SNAPD_WIRE_RUNS; i += 2) {
+		const struct snapd_run *from = &m->runs[i];
+		struct snapd_run *to = &m->runs[i + 1];
+		long at = raw5(__NR_mremap, from->start, from->length, from->length,
+			       SNAPD_MREMAP_MAYMOVE | SNAPD_MREMAP_DONTUNMAP, to->start);
 
-	if (to < 0 && to > -4096)
-		return to;
-	*ret = (unsigned long)to;
-	return raw3(__NR_madvise, to, m->length, SNAPD_MADV_DONTFORK);
+		if (at < 0 && at > -4096) {
+			*to = (struct snapd_run){0, (__u64)-at};
+			continue;
+		}
+		*to = (struct snapd_run){(__u64)at, 0};
+		raw3(__NR_madvise, at, from->length, SNAPD_MADV_DONTFORK);
+	}
+	return 0;
 }
 
 static long stage(const struct snapd_wire *m, __u64 *ret)
@@ -267,21 +274,23 @@ static long uffd_move(int uffd, __u64 to, __u64 from, __u64 length)
 	return move.move < 0 ? (long)move.move : ret;
 }
 
-/* Moves the runs from the aside (addr) to the staging (dest). EBUSY is a pin, or a page shared with a fork, alive or
+/* Moves runs from asides to the staging. EBUSY is a pin, or a page shared with a fork, alive or
  * dead: a write fault in the aside makes it ours alone, so EBUSY a second time is a pin. Such pages stay where they
- * are and come back as runs of the reply; when they do not fit, value says how far the pass came. */
+ * are and come back as runs of the reply; when they do not fit, dest and value say how far the pass came. */
 static long pin_pass(struct agent *agent, struct snapd_wire *m)
 {
 	struct snapd_run pinned[SNAPD_WIRE_RUNS];
 	unsigned int npinned = 0;
 	long ret = 0;
 
-	for (unsigned int i = 0; i < m->nruns && i < SNAPD_WIRE_RUNS; i++) {
-		__u64 at = m->runs[i].start, end = at + m->runs[i].length;
+	for (unsigned int i = 0; i + 1 < m->nruns && i + 1 < SNAPD_WIRE_RUNS; i += 2) {
+		__u64 start = m->runs[i].start, at = start, end = at + m->runs[i].length;
 		int tried = 0;
 
+		m->dest = i / 2;
+
 		while (at < end) {
-			long done = uffd_move(agent->uffd, m->dest + (at - m->addr), at, end - at);
+			long done = uffd_move(agent->uffd, m->runs[i + 1].start + (at - start), at, end - at);
 
 			if (done > 0) {
 				at += (unsigned long)done;
@@ -353,7 +362,7 @@ static void execute(struct agent *agent, struct snapd_wire *m, int fds[NFDS])
 		ret = stage(m, &m->value);
 		break;
 	case SNAPD_MOVE:
-		ret = move_aside(m, &m->value);
+		ret = move_aside(m);
 		break;
 	case SNAPD_GUARD:
 		ret = install_guards(m);

@@ -16,9 +16,9 @@ enum snapd_wire_kind {
 	SNAPD_MAKE = 2,       /* daemon: make a userfaultfd from the device that comes along */
 	SNAPD_HOLD = 3,       /* daemon: keep these fds (store, page map) */
 	SNAPD_STAGE = 4,      /* map an empty private anonymous area near dest */
-	SNAPD_MOVE = 5,       /* mremap(DONTUNMAP) addr to the hint dest; the aside is DONTFORK */
+	SNAPD_MOVE = 5,       /* pairs of runs: mremap(DONTUNMAP) the first to the hint in the second; asides are DONTFORK */
 	SNAPD_GUARD = 6,      /* install guards on the runs */
-	SNAPD_PIN = 7,        /* UFFDIO_MOVE the runs of addr (aside) to dest (staging); pinned runs come back */
+	SNAPD_PIN = 7,        /* pairs of runs: UFFDIO_MOVE the first (aside) to the second (staging); pinned runs come back */
 	SNAPD_BACK = 8,       /* return addr to dest: DOFORK, then mremap(FIXED) */
 	SNAPD_UNMAP = 9,      /* munmap the runs, length bytes at a time, value us apart */
 	SNAPD_ADVISE = 10,    /* madvise(value) on the runs */
@@ -38,7 +38,10 @@ struct snapd_run {
 	__u64 start, length;
 };
 
-/* status: 0 or a negative errno. In a reply addr, length and dest are the command's, value is the result. */
+/* In the reply to MOVE the second of each pair is {new address, 0} or {0, errno}. In the reply to PIN that could not go on
+ * (REPLY_MORE, or an error) dest is the pair and value the address where it stopped.
+ *
+ * status: 0 or a negative errno. In a reply addr, length and dest are the command's, value is the result. */
 struct snapd_wire {
 	__u32 magic;
 	__u16 version, kind;

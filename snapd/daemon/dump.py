@@ -75,6 +75,9 @@ class Dump:
         self._total_bytes = 0
         self._hint = 0
         self._forked = False
+        self._batch: list[Range] = []
+        self._batch_weight = 0
+        self._again: list[Range] = []
 
     def run(self) -> DumpReport:
         """Do it; returns the figures.
@@ -200,19 +203,19 @@ class Dump:
     def _move_all(self, intervals: list[Range]) -> None:
         with pagemap(self._pid) as fd:
             for attempt in range(RETRIES):
-                again: list[Range] = []
+                self._again = []
                 for interval in intervals:
-                    again += self._move_interval(fd, interval)
-                if not again:
+                    self._collect(fd, interval)
+                self._move_batch()
+                intervals = self._again
+                if not intervals:
                     return
-                intervals = again
-                self._put_off += len(again)
+                self._put_off += len(intervals)
                 time.sleep(RETRY_DELAY_S * (attempt + 1))
-        self._skipped["busy"] += sum(one.length_bytes for one in intervals)
+        self._skipped["busy"] += total_bytes(intervals)
 
-    def _move_interval(self, fd: int, interval: Range) -> list[Range]:
-        """Move what of the interval has memory; returns what must be tried again."""
-        again: list[Range] = []
+    def _collect(self, fd: int, interval: Range) -> None:
+        """Put what of the interval has memory into batches, and move each batch that is full."""
         at = interval.start
         while at < interval.end:
             try:
@@ -220,7 +223,7 @@ class Dump:
                     fd,
                     at,
                     interval.end,
-                    max_pages=self._size.pages,
+                    max_pages=max(policy.MIN_SPAN_PAGES, self._size.pages - self._batch_weight),
                     max_span=policy.MAX_PIECE_BYTES,
                     gap=policy.GAP_BYTES,
                 )
@@ -228,22 +231,15 @@ class Dump:
                 raise self._meaning(error) from error
             if found is None:
                 break
-            start, end, pages = found
-            whole = Range(start, end)
-            outcome = Outcome.MOVED
-            for piece in self._own_parts(fd, whole, pages) if self._forked else [whole]:
-                outcome = self._move_piece(piece)
-                if outcome is Outcome.NO_ROOM and self._size.halve():
-                    end = piece.start
-                    break
-                if outcome in (Outcome.BUSY, Outcome.CHANGED):
-                    again.append(piece)
-                elif outcome is not Outcome.MOVED:
-                    self._skipped[outcome.name.lower()] += piece.length_bytes
-            at = end
+            start, at, pages = found
+            whole = Range(start, at)
+            for span in self._own_parts(fd, whole, pages) if self._forked else [whole]:
+                self._batch.append(span)
+                self._batch_weight += min(pages, span.npages) + policy.SPAN_WEIGHT_PAGES
+                if len(self._batch) == engine.MAX_SPANS or self._batch_weight >= self._size.pages:
+                    self._move_batch()
             self._done_bytes += pages * PAGE
             self._progress(DumpProgress(self._pid, min(self._done_bytes, self._total_bytes), self._total_bytes))
-        return again
 
     def _own_parts(self, fd: int, whole: Range, pages: int) -> list[Range]:
         """After a fork: what of a piece no living child shares, made the target's own.
@@ -259,22 +255,39 @@ class Dump:
                 self._native.call(agent.Message(agent.Kind.ADVISE, value=_MADV_POPULATE_WRITE, runs=runs).pack())
         return parts
 
-    def _move_piece(self, interval: Range) -> Outcome:
+    def _move_batch(self) -> None:
+        """Move what was collected, in one stop; what must be tried again is kept for that."""
+        batch, weight = self._batch, self._batch_weight
+        self._batch, self._batch_weight = [], 0
+        if not batch:
+            return
         while len(self._flying) >= IN_FLIGHT:
             self._land()
-        piece = engine.Piece(self._native, interval.start, interval.end, self._hint)
+        piece = engine.Piece(self._native, [(span.start, span.end) for span in batch], self._hint)
         report = piece.move()
         self._stops.append(report.stop_ns)
         if report.outcome is not Outcome.MOVED:
             piece.close()
             self._fail_on(report.outcome, report.cause)
-            return report.outcome
-        self._size.learn(report.stop_ns, report.until_stopped_ns, report.present)
+            self._again += batch
+            if report.outcome is Outcome.NO_ROOM:
+                self._size.halve()
+            return
+        self._size.learn(report.stop_ns, report.until_stopped_ns, weight)
         for name in ("aside", "clean", "zero", "pinned"):
             self._pages[name] += getattr(report, name)
         self._flying.append(piece)
         piece.pack(self._level)
-        return Outcome.MOVED
+        for span, outcome, cause in zip(batch, report.outcomes, report.causes, strict=True):
+            if outcome is not Outcome.MOVED:
+                self._not_moved(span, outcome, cause)
+
+    def _not_moved(self, span: Range, outcome: Outcome, cause: int) -> None:
+        self._fail_on(outcome, cause)
+        if outcome in (Outcome.BUSY, Outcome.CHANGED) or (outcome is Outcome.NO_ROOM and self._size.halve()):
+            self._again.append(span)
+        else:
+            self._skipped[outcome.name.lower()] += span.length_bytes
 
     def _land(self) -> None:
         """See the oldest piece through: packed, then its staging dropped."""

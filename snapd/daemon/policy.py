@@ -22,12 +22,14 @@ MIN_MEMORY_BYTES: Final = 64 * 1024
 
 MAX_PIECE_BYTES: Final = 32 << 20
 MAX_PIECE_PAGES: Final = 8192
-MIN_PIECE_PAGES: Final = 64
+MIN_PIECE_PAGES: Final = 256
+MIN_SPAN_PAGES: Final = 32
 FIRST_PIECE_PAGES: Final = 1024
 GAP_BYTES: Final = 64 * PAGE
 """A hole this wide ends a piece: what was never touched needs no entries."""
 
-STOP_AIM_NS: Final = 900_000
+STOP_AIM_NS: Final = 1_000_000
+TALK_NS: Final = 250_000
 STACK_BELOW_BYTES: Final = 64 * 1024
 STACK_ABOVE_BYTES: Final = 1 << 20
 STACK_MAX_BYTES: Final = 64 << 20
@@ -119,20 +121,27 @@ def plan(mappings: Sequence[Mapping], threads: Iterable[tuple[int, int]], own: I
     return Plan(tuple(intervals), total, {reason: size for reason, size in skipped.items() if size})
 
 
+SPAN_WEIGHT_PAGES: Final = 96
+"""What one more interval costs in a stop, in pages of the same time."""
+
+
 class PieceSize:
-    """How many pages a piece has: as many as keep a stop near its aim."""
+    """How many pages a piece has, intervals weighed in: as many as keep a stop near its aim."""
 
     def __init__(self) -> None:
         """Start small: the first stop must not be a long one."""
         self.pages = FIRST_PIECE_PAGES
+        self._ns_a_page = 0.0
 
     def learn(self, stop_ns: int, until_stopped_ns: int, pages: int) -> None:
-        """Take one stop into account; the time until the threads stood does not depend on the piece."""
-        moving = max(stop_ns - until_stopped_ns, 1)
-        room = max(STOP_AIM_NS - until_stopped_ns, STOP_AIM_NS // 4)
-        if pages * 2 >= self.pages or stop_ns > STOP_AIM_NS:
-            fitting = pages * room // moving
-            self.pages = max(MIN_PIECE_PAGES, min(MAX_PIECE_PAGES, self.pages * 2, fitting))
+        """Take one stop into account: what it takes until the threads stand, and to talk to the mover, is the same for
+        a small piece.
+        """
+        spent = max(stop_ns - until_stopped_ns - TALK_NS, TALK_NS // 8) / max(pages, 1)
+        self._ns_a_page = 0.7 * self._ns_a_page + 0.3 * spent if self._ns_a_page else spent
+        room = max(STOP_AIM_NS - until_stopped_ns - TALK_NS, STOP_AIM_NS // 4)
+        fitting = int(room / self._ns_a_page)
+        self.pages = max(MIN_PIECE_PAGES, min(MAX_PIECE_PAGES, self.pages * 2, fitting))
 
     def halve(self) -> bool:
         """Make pieces smaller after the target had no room; False when they are as small as can be."""

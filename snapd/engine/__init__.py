@@ -16,9 +16,10 @@ from snapd.engine import codec
 from snapd.engine._engine import ffi, lib
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 WIRE_BYTES: Final = 1024
+MAX_SPANS: Final = 20
 
 
 class Outcome(enum.IntEnum):
@@ -72,6 +73,8 @@ class PieceReport:
     pinned: int
     huge: int
     threads: int
+    outcomes: tuple[Outcome, ...]
+    causes: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -362,21 +365,31 @@ class Session:
 
 
 class Piece:
-    """One interval on its way to the store: move, pack, wait, drop. Close it at the end."""
+    """Intervals on their way to the store together: move, pack, wait, drop. Close it at the end."""
 
-    def __init__(self, session: Session, start: int, end: int, hint: int) -> None:
-        """Prepare; `hint` is the start of a wide hole in the target. MemoryError when too many are on their way."""
-        self.start, self.end = start, end
-        self._handle = lib.sn_piece_create(session.handle, start, end, hint)
+    def __init__(self, session: Session, intervals: Sequence[tuple[int, int]], hint: int) -> None:
+        """Prepare (start, end) pairs, at most MAX_SPANS, each inside one mapping; `hint` is the middle of a wide hole.
+
+        MemoryError when too many pieces are on their way.
+        """
+        flat = [address for pair in intervals for address in pair]
+        self._spans = len(intervals)
+        self._handle = lib.sn_piece_create(session.handle, flat, len(intervals), hint)
         if not self._handle:
             raise MemoryError
 
     def move(self) -> PieceReport:
-        """Stop the target, move the interval aside, look, pin pass, let it go on."""
+        """Stop the target, move the intervals aside, look, pin pass, let it go on."""
         raw = ffi.new("struct sn_piece_report *")
         lib.sn_piece_move(self._handle, raw)
-        values = {name: getattr(raw, name) for name in PieceReport.__slots__ if name != "outcome"}
-        return PieceReport(outcome=Outcome(raw.outcome), **values)
+        special = {"outcome", "outcomes", "causes"}
+        values = {name: getattr(raw, name) for name in PieceReport.__slots__ if name not in special}
+        return PieceReport(
+            outcome=Outcome(raw.outcome),
+            outcomes=tuple(Outcome(raw.outcomes[i]) for i in range(self._spans)),
+            causes=tuple(raw.causes[i] for i in range(self._spans)),
+            **values,
+        )
 
     def pack(self, level: int) -> None:
         """Queue the pages for the packing threads."""

@@ -57,6 +57,7 @@ struct sn_piece_report {
 	uint64_t stop_ns, until_stopped_ns;
 	uint64_t present, aside, clean, zero, guards, pinned, huge; /* pages */
 	int threads;
+	int outcomes[20], causes[20]; /* of each span; outcome is the stop's own */
 };
 
 struct sn_pack_report {
@@ -108,8 +109,9 @@ int sn_next_piece(int pagemap_fd, uint64_t start, uint64_t end, uint64_t max_pag
 		  uint64_t *ret);
 int sn_watched(int pagemap_fd, uint64_t address); /* 1: registered for asynchronous write-protect */
 
-/* Steps 2 to 5 of a dump for one piece: stop, move, look, pin pass, go on. hint is a wide hole in the target. */
-struct sn_piece *sn_piece_create(struct sn_session *session, uint64_t start, uint64_t end, uint64_t hint);
+/* Steps 2 to 5 of a dump for one piece: stop, move, look, pin pass, go on. intervals: pairs of start and end, each inside
+ * one mapping, at most 20. hint: the middle of a wide hole in the target, or 0. */
+struct sn_piece *sn_piece_create(struct sn_session *session, const uint64_t *intervals, int nintervals, uint64_t hint);
 int sn_piece_move(struct sn_piece *piece, struct sn_piece_report *ret);
 /* Step 6, in two halves: queue the piece for the packing threads, and wait until they are done. */
 int sn_piece_pack(struct sn_piece *piece, int level);

@@ -105,9 +105,10 @@ void events_apply(struct sn_session *session, const struct snapd_uffd_msg *messa
 		break;
 	case SNAPD_UFFD_EVENT_REMAP:
 		if (session->in_stop) {
-			if (session->own_move.start == message->arg.remap.from &&
-			    session->own_move.length == message->arg.remap.len)
-				session->own_move_to = message->arg.remap.to;
+			for (int i = 0; i < session->nown_moves; i++)
+				if (session->own_moves[i].start == message->arg.remap.from &&
+				    session->own_moves[i].length == message->arg.remap.len)
+					session->own_moves_to[i] = message->arg.remap.to;
 			break;
 		}
 		COUNT(session, remaps);

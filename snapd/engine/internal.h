@@ -60,8 +60,11 @@ struct table {
 	struct record records[MAX_RECORDS];
 };
 
+#define MAX_INFLIGHT 4
+#define MAX_SPANS 20
+
 enum phase { PHASE_IDLE, PHASE_MOVE, PHASE_PIN, PHASE_STORE, PHASE_DROP };
-struct intent { /* a piece on its way, for a successor */
+struct intent { /* a span of a piece on its way, for a successor */
 	uint64_t phase, start, npages, aside, staging;
 };
 
@@ -73,7 +76,7 @@ struct page_map_header {
 	int32_t pid, uffd, store, reserved;
 	uint64_t sentinel, nentries;
 	_Atomic uint64_t control; /* generation << 32 | events of the ring that are applied: both change by one store */
-	struct intent intents[8];
+	struct intent intents[MAX_INFLIGHT * MAX_SPANS];
 };
 
 #define PM_RING_OFFSET 4096UL
@@ -171,7 +174,6 @@ enum frame_error frame_open(struct frame_opener *opener, const struct sn_store *
 /* ---- session ---- */
 
 #define MAX_FAULTS 4096
-#define MAX_INFLIGHT 8
 #define MAX_FILLERS 4
 
 struct fault {
@@ -203,8 +205,9 @@ struct sn_session {
 	pthread_rwlock_t lock;
 	bool in_stop; /* all but the agent stands: events are our own */
 	atomic_bool forked; /* pages may be shared with a child */
-	struct snapd_run own_move; /* the REMAP that the stop's move raised */
-	uint64_t own_move_to;
+	struct snapd_run own_moves[MAX_SPANS]; /* what the stop moves, and where the REMAP events say that it went */
+	uint64_t own_moves_to[MAX_SPANS];
+	int nown_moves;
 
 	pthread_t reader, fillers[MAX_FILLERS];
 	int nfillers;
@@ -317,14 +320,22 @@ void pack_continue(void);
 #define MAX_SEGMENTS_OF_PIECE 4096
 enum decision { KEEP, DIRTY, CLEAN, ZERO, GUARD, PINNED, LEFT_ASIDE };
 
-struct segment { /* staging pages in a row and their entries */
-	uint64_t first, npages, staging;
-};
-struct sn_piece {
-	struct sn_session *session;
-	uint64_t start, npages, hint, aside, staging;
-	int slot;
+struct span { /* one interval of a piece, inside one mapping */
+	uint64_t start, npages;
+	uint64_t base; /* its first page in the piece's decisions */
+	uint64_t hint, aside, staging;
+	long first_segment, nsegments;
+	int outcome, cause;
 	bool keep_aside;
+};
+struct segment { /* staging pages in a row and their entries */
+	uint64_t first, npages, staging, base;
+};
+struct sn_piece { /* what goes aside in one stop */
+	struct sn_session *session;
+	struct span spans[MAX_SPANS];
+	int nspans, slot;
+	uint64_t npages, staging, staging_bytes, staging_hint;
 	struct segment *segments;
 	long nsegments;
 	uint8_t *decisions;
@@ -336,15 +347,19 @@ struct sn_piece {
 	struct sn_pack_report packed;
 };
 
-static inline uint64_t piece_bytes(const struct sn_piece *piece)
+static inline uint64_t span_bytes(const struct span *span)
 {
-	return piece->npages * PAGE;
+	return span->npages * PAGE;
 }
 
 static inline void piece_set_phase(struct sn_piece *piece, enum phase phase)
 {
-	piece->session->pm.header->intents[piece->slot] =
-		(struct intent){phase, piece->start, piece->npages, piece->aside, piece->staging};
+	for (int i = 0; i < piece->nspans; i++) {
+		const struct span *span = &piece->spans[i];
+
+		piece->session->pm.header->intents[piece->slot * MAX_SPANS + i] =
+			(struct intent){phase, span->start, span->npages, span->aside, span->staging};
+	}
 }
 
 #endif

@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #define RECORD_RESERVE 4096
+#define BACK_TRIES 100
 #define MERGE_GAP 32 /* pages that need no pin pass but cost less inside a run than a run of their own */
 #define LOOK                                                                                                           \
 	(SNAPD_PAGE_IS_WRITTEN | SNAPD_PAGE_IS_PRESENT | SNAPD_PAGE_IS_SWAPPED | SNAPD_PAGE_IS_PFNZERO |               \
@@ -45,45 +46,50 @@ static void close_files(struct files *files)
 static int stage(struct sn_piece *piece)
 {
 	struct sn_session *session = piece->session;
-	struct snapd_wire message = {.kind = SNAPD_STAGE,
-				     .length = piece_bytes(piece),
-				     .dest = piece->hint + ((piece_bytes(piece) + 2 * HUGE_BYTES) & ~(HUGE_BYTES - 1))};
+	struct snapd_wire message = {
+		.kind = SNAPD_STAGE, .length = piece->staging_bytes, .dest = piece->staging_hint};
 	int error = mover_call(session, &message);
 
 	if (error)
 		return error;
 	piece->staging = message.value;
-	return uffd_register(session->uffd, piece->staging, piece_bytes(piece), SNAPD_UFFDIO_REGISTER_MODE_MISSING);
+	for (int i = 0; i < piece->nspans; i++)
+		piece->spans[i].staging += piece->staging;
+	return uffd_register(session->uffd, piece->staging, piece->staging_bytes, SNAPD_UFFDIO_REGISTER_MODE_MISSING);
 }
 
 /* The mapping is still what was chosen, and nothing in it may not move. Returns an outcome. */
-static int recheck(struct sn_piece *piece, const struct files *files, struct snapd_procmap_query *vma)
+static int recheck(const struct sn_piece *piece, const struct span *span, const struct files *files,
+		   struct snapd_procmap_query *vma)
 {
-	uint64_t end = piece->start + piece_bytes(piece);
+	uint64_t end = span->start + span_bytes(span);
 
-	*vma = (struct snapd_procmap_query){.size = sizeof(*vma), .query_addr = piece->start};
+	*vma = (struct snapd_procmap_query){.size = sizeof(*vma), .query_addr = span->start};
 	if (ioctl(files->maps, SNAPD_PROCMAP_QUERY, vma))
 		return errno == ESRCH ? SN_GONE : SN_CHANGED;
-	if (vma->vma_start > piece->start || vma->vma_end < end || vma->inode || vma->dev_major || vma->dev_minor ||
+	if (vma->vma_start > span->start || vma->vma_end < end || vma->inode || vma->dev_major || vma->dev_minor ||
 	    !(vma->vma_flags & SNAPD_PROCMAP_VMA_READABLE) || !(vma->vma_flags & SNAPD_PROCMAP_VMA_WRITABLE) ||
-	    vma->vma_flags & SNAPD_PROCMAP_VMA_SHARED || stop_touches(piece->session->stop, piece->start, end))
+	    vma->vma_flags & SNAPD_PROCMAP_VMA_SHARED || stop_touches(piece->session->stop, span->start, end))
 		return SN_CHANGED;
 	return SN_MOVED;
 }
 
 /* Registers the whole mapping: a part would split it, and the program's own mremap across the split fails. Records at
  * addresses that were not watched belong to a mapping that is gone. */
-static int watch(struct sn_piece *piece, const struct files *files, const struct snapd_procmap_query *vma, int *cause)
+static int watch(struct sn_piece *piece, struct span *span, const struct files *files,
+		 const struct snapd_procmap_query *vma)
 {
 	struct sn_session *session = piece->session;
-	bool watched = sn_watched(files->pagemap, piece->start) == 1;
-	int error = sn_uffd_register(session->uffd, vma->vma_start, vma->vma_end - vma->vma_start);
+	bool watched = sn_watched(files->pagemap, span->start) == 1;
 
-	*cause = error;
-	if (error == -EBUSY)
-		return SN_FOREIGN;
-	if (error)
-		return error == -ESRCH ? SN_GONE : error == -ENOMEM ? SN_NO_ROOM : SN_FAILED;
+	span->cause = sn_uffd_register(session->uffd, vma->vma_start, vma->vma_end - vma->vma_start);
+	switch (span->cause) {
+	case 0: break;
+	case -EBUSY: return SN_FOREIGN;
+	case -ESRCH: return SN_GONE;
+	case -ENOMEM: return SN_NO_ROOM;
+	default: return SN_FAILED;
+	}
 	if (!watched) {
 		struct table *table;
 		long n;
@@ -100,148 +106,217 @@ static int watch(struct sn_piece *piece, const struct files *files, const struct
 	return SN_MOVED;
 }
 
-/* Gives every page of the piece an entry and marks all as moving. Debts are void: at a full stop no event is unread. */
-static int claim(struct sn_piece *piece)
+/* Gives every page of the span an entry in the table that is being edited. */
+static int cover(struct page_map *pm, struct table *table, const struct span *span)
 {
-	struct sn_session *session = piece->session;
-	struct page_map *pm = &session->pm;
-	uint64_t at = piece->start, end = at + piece_bytes(piece), first;
-	struct table *table;
+	uint64_t at = span->start, end = at + span_bytes(span), first;
 	int error = 0;
 
-	pthread_rwlock_wrlock(&session->lock);
-	table = pm_edit(pm);
-	table->ndebts = 0;
 	if (table->nrecords > MAX_RECORDS - RECORD_RESERVE)
-		error = -ENOSPC;
+		return -ENOSPC;
 	while (at < end && !error) {
 		long i = pm_first_at(table, at);
 		const struct record *next = i < (long)table->nrecords ? &table->records[i] : NULL;
+		uint64_t upto = next ? min_u64(end, next->start) : end;
 
 		if (next && next->start <= at) {
 			at = next->start + next->npages * PAGE;
 			continue;
 		}
-		uint64_t upto = next ? min_u64(end, next->start) : end;
-
 		error = pm_alloc(pm, (upto - at) / PAGE, &first);
 		if (!error)
 			error = pm_insert(table, (struct record){at, (upto - at) / PAGE, first, 0});
 		at = upto;
 	}
-	piece->nsegments = 0;
-	for (long i = pm_first_at(table, piece->start); !error && i < (long)table->nrecords; i++) {
+	return error;
+}
+
+static int find_segments(struct sn_piece *piece, struct span *span, const struct table *table)
+{
+	uint64_t end = span->start + span_bytes(span);
+
+	span->first_segment = piece->nsegments;
+	for (long i = pm_first_at(table, span->start); i < (long)table->nrecords; i++) {
 		const struct record *record = &table->records[i];
-		uint64_t from = max_u64(record->start, piece->start);
+		uint64_t from = max_u64(record->start, span->start);
 		uint64_t to = min_u64(record->start + record->npages * PAGE, end);
+		uint64_t page = (from - span->start) / PAGE;
 
 		if (record->start >= end)
 			break;
 		if (piece->nsegments == MAX_SEGMENTS_OF_PIECE || record->aside) {
-			error = record->aside ? -EBUSY : -E2BIG;
-			break;
+			piece->nsegments = span->first_segment;
+			return record->aside ? -EBUSY : -E2BIG;
 		}
 		piece->segments[piece->nsegments++] =
-			(struct segment){record->first + (from - record->start) / PAGE, (to - from) / PAGE, from};
+			(struct segment){record->first + (from - record->start) / PAGE, (to - from) / PAGE,
+					 span->staging + page * PAGE, span->base + page};
 	}
-	if (!error) {
-		piece_set_phase(piece, PHASE_MOVE);
-		for (long i = 0; i < piece->nsegments; i++)
-			for (uint64_t k = 0; k < piece->segments[i].npages; k++)
-				atomic_fetch_or(&pm->entries[piece->segments[i].first + k], ENTRY_MOVING);
-		pm_commit(pm, pm_applied(pm));
-		session->in_stop = true;
-		session->own_move = (struct snapd_run){piece->start, piece_bytes(piece)};
-		session->own_move_to = 0;
+	span->nsegments = piece->nsegments - span->first_segment;
+	return 0;
+}
+
+static void set_moving(struct sn_piece *piece, const struct span *span, bool moving)
+{
+	for (long i = 0; i < span->nsegments; i++) {
+		const struct segment *segment = &piece->segments[span->first_segment + i];
+
+		for (uint64_t k = 0; k < segment->npages; k++) {
+			if (moving)
+				atomic_fetch_or(&piece->session->pm.entries[segment->first + k], ENTRY_MOVING);
+			else
+				atomic_fetch_and(&piece->session->pm.entries[segment->first + k], ~ENTRY_MOVING);
+		}
 	}
+}
+
+/* From here to settle() every event is our own. Debts are void: at a full stop no event is unread. */
+static void claim(struct sn_piece *piece)
+{
+	struct sn_session *session = piece->session;
+	struct table *table;
+
+	pthread_rwlock_wrlock(&session->lock);
+	table = pm_edit(&session->pm);
+	table->ndebts = 0;
+	session->nown_moves = 0;
+	for (int i = 0; i < piece->nspans; i++) {
+		struct span *span = &piece->spans[i];
+
+		if (span->outcome != SN_MOVED)
+			continue;
+		span->cause = cover(&session->pm, table, span);
+		if (!span->cause)
+			span->cause = find_segments(piece, span, table);
+		if (span->cause) {
+			span->outcome = span->cause == -EBUSY ? SN_BUSY : SN_NO_ROOM;
+			continue;
+		}
+		session->own_moves[session->nown_moves] = (struct snapd_run){span->start, span_bytes(span)};
+		session->own_moves_to[session->nown_moves++] = 0;
+	}
+	piece_set_phase(piece, PHASE_MOVE);
+	pm_commit(&session->pm, pm_applied(&session->pm));
+	for (int i = 0; i < piece->nspans; i++)
+		if (piece->spans[i].outcome == SN_MOVED)
+			set_moving(piece, &piece->spans[i], true);
+	session->in_stop = true;
 	pthread_rwlock_unlock(&session->lock);
+}
+
+static void unclaim(struct sn_piece *piece, struct span *span, int outcome)
+{
+	pthread_rwlock_wrlock(&piece->session->lock);
+	set_moving(piece, span, false);
+	span->outcome = outcome;
+	pthread_rwlock_unlock(&piece->session->lock);
+}
+
+/* There must be a way back: memory for a mapping may be short for a moment. */
+static int move_back(struct sn_session *session, uint64_t from, uint64_t to, uint64_t bytes)
+{
+	int error = 0;
+
+	for (int tries = 0; tries < BACK_TRIES; tries++) {
+		struct snapd_wire message = {.kind = SNAPD_BACK, .addr = from, .length = bytes, .dest = to};
+
+		error = mover_call(session, &message);
+		if (error != -ENOMEM && error != -EAGAIN)
+			break;
+		usleep(1000);
+	}
 	return error;
 }
 
-static void unclaim(struct sn_piece *piece)
+static int outcome_of_mremap(int error)
 {
-	struct sn_session *session = piece->session;
-
-	pthread_rwlock_wrlock(&session->lock);
-	for (long i = 0; i < piece->nsegments; i++)
-		for (uint64_t k = 0; k < piece->segments[i].npages; k++)
-			atomic_fetch_and(&session->pm.entries[piece->segments[i].first + k], ~ENTRY_MOVING);
-	session->in_stop = false;
-	piece_set_phase(piece, PHASE_IDLE);
-	pthread_rwlock_unlock(&session->lock);
+	switch (error) {
+	case ENOMEM: return SN_NO_ROOM;
+	case EPERM: return SN_SEALED;
+	case EFAULT: return SN_CHANGED;
+	default: return SN_FAILED;
+	}
 }
 
-static int move_back(struct sn_session *session, uint64_t from, uint64_t to, uint64_t bytes)
+static uint64_t where_it_went(const struct sn_session *session, uint64_t start)
 {
-	struct snapd_wire message = {.kind = SNAPD_BACK, .addr = from, .length = bytes, .dest = to};
-
-	return mover_call(session, &message);
+	for (int i = 0; i < session->nown_moves; i++)
+		if (session->own_moves[i].start == start)
+			return session->own_moves_to[i];
+	return 0;
 }
 
-static int move(struct sn_piece *piece, int *cause)
+static int move(struct sn_piece *piece)
 {
 	struct sn_session *session = piece->session;
-	struct snapd_wire message = {
-		.kind = SNAPD_MOVE, .addr = piece->start, .length = piece_bytes(piece), .dest = piece->hint};
-	uint64_t seen;
+	struct snapd_wire message = {.kind = SNAPD_MOVE};
 	int error;
 
-	message.value = 0;
-	error = mover_call(session, &message);
-	piece->aside = message.value;
-	*cause = error;
-	if (error && !piece->aside) {
-		switch (error) {
-		case -ENOMEM: return SN_NO_ROOM;
-		case -EPERM: return SN_SEALED;
-		case -EFAULT: return SN_CHANGED;
-		case -EPIPE: return SN_GONE;
-		default: return SN_FAILED;
-		}
+	for (int i = 0; i < piece->nspans; i++) {
+		const struct span *span = &piece->spans[i];
+
+		if (span->outcome != SN_MOVED)
+			continue;
+		message.runs[message.nruns++] = (struct snapd_run){span->start, span_bytes(span)};
+		message.runs[message.nruns++] = (struct snapd_run){span->hint, 0};
 	}
-	/* mremap returned, so its event was read; taking the lock makes sure that it was applied. */
+	error = message.nruns ? mover_call(session, &message) : 0;
+	if (error)
+		return error;
+	/* The mremaps returned, so their events were read; taking the lock makes sure that they were applied. */
 	pthread_rwlock_wrlock(&session->lock);
-	seen = session->own_move_to;
+	for (unsigned int i = 0; i + 1 < message.nruns; i += 2)
+		for (int k = 0; k < piece->nspans; k++)
+			if (piece->spans[k].outcome == SN_MOVED && piece->spans[k].start == message.runs[i].start) {
+				piece->spans[k].aside = message.runs[i + 1].start;
+				piece->spans[k].cause = -(int)message.runs[i + 1].length;
+			}
 	piece_set_phase(piece, PHASE_PIN);
 	pthread_rwlock_unlock(&session->lock);
-	if (seen == piece->aside)
-		return SN_MOVED;
-	/* No event: the mapping was not ours to watch. Nothing runs: it goes back as if nothing had been. */
-	*cause = move_back(session, piece->aside, piece->start, piece_bytes(piece));
-	piece->aside = 0;
-	return SN_CHANGED;
+	for (int i = 0; i < piece->nspans; i++) {
+		struct span *span = &piece->spans[i];
+
+		if (span->outcome != SN_MOVED)
+			continue;
+		if (!span->aside) {
+			unclaim(piece, span, outcome_of_mremap(-span->cause));
+		} else if (where_it_went(session, span->start) != span->aside) {
+			/* No event: the mapping was not ours to watch. Nothing runs: it goes back as if nothing had been. */
+			if (move_back(session, span->aside, span->start, span_bytes(span)) == 0)
+				span->aside = 0;
+			unclaim(piece, span, SN_CHANGED);
+		}
+	}
+	return 0;
 }
 
-static uint64_t entry_of(const struct sn_piece *piece, uint64_t page, long *segment, uint64_t *base)
+static uint64_t entry_of(const struct sn_piece *piece, uint64_t page, long *segment)
 {
-	while (page >= *base + piece->segments[*segment].npages)
-		*base += piece->segments[(*segment)++].npages;
-	return piece->segments[*segment].first + (page - *base);
+	while (page >= piece->segments[*segment].base + piece->segments[*segment].npages)
+		++*segment;
+	return piece->segments[*segment].first + (page - piece->segments[*segment].base);
 }
 
 /* What the aside holds decides each page, whatever its entry said. */
-static int look(struct sn_piece *piece, const struct files *files, struct sn_piece_report *ret)
+static int look(struct sn_piece *piece, struct span *span, const struct files *files, struct sn_piece_report *ret)
 {
 	_Atomic uint64_t *entries = piece->session->pm.entries;
-	uint64_t base = 0, index;
-	long segment = 0, n;
+	long segment = span->first_segment, n;
 
-	n = pagemap_scan(files->pagemap, piece->aside, piece->aside + piece_bytes(piece),
+	n = pagemap_scan(files->pagemap, span->aside, span->aside + span_bytes(span),
 			 SNAPD_PAGE_IS_PRESENT | SNAPD_PAGE_IS_SWAPPED | SNAPD_PAGE_IS_GUARD, LOOK, 0, piece->regions,
-			 piece->npages + 1, NULL);
+			 span->npages + 1, NULL);
 	if (n < 0)
 		return (int)n;
-	memset(piece->decisions, KEEP, piece->npages);
+	memset(piece->decisions + span->base, KEEP, span->npages);
 	for (long i = 0; i < n; i++) {
 		const struct snapd_page_region *region = &piece->regions[i];
-		uint64_t from = (region->start - piece->aside) / PAGE, to = (region->end - piece->aside) / PAGE;
+		uint64_t from = (region->start - span->aside) / PAGE, to = (region->end - span->aside) / PAGE;
 
-		for (uint64_t page = from; page < to; page++) {
+		for (uint64_t page = span->base + from; page < span->base + to; page++) {
 			enum decision decision = DIRTY;
-			enum state state;
+			enum state state = ENTRY_STATE(entries[entry_of(piece, page, &segment)]);
 
-			index = entry_of(piece, page, &segment, &base);
-			state = ENTRY_STATE(entries[index]);
 			if (region->categories & SNAPD_PAGE_IS_GUARD)
 				decision = GUARD;
 			else if (state == ST_BAD && !(region->categories & SNAPD_PAGE_IS_PRESENT))
@@ -259,139 +334,196 @@ static int look(struct sn_piece *piece, const struct files *files, struct sn_pie
 	return 0;
 }
 
-/* Guards moved along: their addresses get new ones. They go by as many messages as it takes. */
+static int send_guards(struct sn_piece *piece, struct snapd_wire *message)
+{
+	int error = message->nruns ? mover_call(piece->session, message) : 0;
+
+	*message = (struct snapd_wire){.kind = SNAPD_GUARD};
+	return error;
+}
+
+/* Guards moved along: their addresses get new ones, by as many messages as it takes. */
 static int install_guards(struct sn_piece *piece, struct sn_piece_report *ret)
 {
 	struct snapd_wire message = {.kind = SNAPD_GUARD};
 	int error = 0;
 
-	for (uint64_t page = 0; page <= piece->npages && !error; page++) {
-		bool guard = page < piece->npages && piece->decisions[page] == GUARD;
-		uint64_t address = piece->start + page * PAGE;
-		struct snapd_run *last = message.nruns ? &message.runs[message.nruns - 1] : NULL;
+	for (int i = 0; i < piece->nspans; i++) {
+		const struct span *span = &piece->spans[i];
 
-		if (guard && last && last->start + last->length == address) {
-			last->length += PAGE;
-		} else if (guard && message.nruns < SNAPD_WIRE_RUNS) {
+		for (uint64_t page = 0; span->outcome == SN_MOVED && page < span->npages && !error; page++) {
+			uint64_t address = span->start + page * PAGE;
+			struct snapd_run *last = message.nruns ? &message.runs[message.nruns - 1] : NULL;
+
+			if (piece->decisions[span->base + page] != GUARD)
+				continue;
+			ret->guards++;
+			if (last && last->start + last->length == address) {
+				last->length += PAGE;
+				continue;
+			}
+			if (message.nruns == SNAPD_WIRE_RUNS)
+				error = send_guards(piece, &message);
 			message.runs[message.nruns++] = (struct snapd_run){address, PAGE};
 		}
-		ret->guards += guard;
-		if (message.nruns && (page == piece->npages || (message.nruns == SNAPD_WIRE_RUNS &&
-								 !(page + 1 < piece->npages &&
-								   piece->decisions[page + 1] == GUARD)))) {
-			message.kind = SNAPD_GUARD;
-			error = mover_call(piece->session, &message);
-			message.nruns = 0;
-		}
 	}
-	return error;
+	return error ? error : send_guards(piece, &message);
 }
 
+/* Marks the pages of an aside; those that need no pin pass keep their decision. */
 static void mark(struct sn_piece *piece, uint64_t start, uint64_t bytes, enum decision decision)
 {
-	for (uint64_t at = start; at < start + bytes; at += PAGE) {
-		uint64_t page = (at - piece->aside) / PAGE;
+	for (int i = 0; i < piece->nspans; i++) {
+		const struct span *span = &piece->spans[i];
+		uint64_t skip = start - span->aside, end;
 
-		if (page < piece->npages && (piece->decisions[page] == DIRTY || decision == LEFT_ASIDE))
-			piece->decisions[page] = (uint8_t)decision;
+		if (!span->aside || start < span->aside || skip >= span_bytes(span))
+			continue;
+		end = min_u64(span->npages, skip / PAGE + bytes / PAGE);
+		for (uint64_t page = span->base + skip / PAGE; page < span->base + end; page++)
+			if (piece->decisions[page] == DIRTY || decision == LEFT_ASIDE)
+				piece->decisions[page] = (uint8_t)decision;
 	}
 }
 
-/* Sends the runs until the pass is through them; pinned pages are marked. On an error the rest counts as pinned: what
- * was not moved to the staging goes back, whatever the cause. */
-static void pin_runs(struct sn_piece *piece, const struct snapd_run *runs, unsigned int nruns)
+/* Sends pairs of runs until the pass is through them; pinned pages are marked. On an error the rest counts as pinned:
+ * what was not moved to the staging goes back, whatever the cause. */
+static void pin_runs(struct sn_piece *piece, struct snapd_run *pairs, unsigned int npairs)
 {
-	struct snapd_run todo[SNAPD_WIRE_RUNS];
 	unsigned int first = 0;
 
-	memcpy(todo, runs, nruns * sizeof(runs[0]));
-	while (first < nruns) {
-		struct snapd_wire message = {
-			.kind = SNAPD_PIN, .addr = piece->aside, .dest = piece->staging, .nruns = nruns - first};
+	while (first < npairs) {
+		struct snapd_wire message = {.kind = SNAPD_PIN, .nruns = 2 * (npairs - first)};
+		unsigned int reached;
+		uint64_t skip;
 		int error;
 
-		memcpy(message.runs, todo + first, (nruns - first) * sizeof(todo[0]));
-		message.value = 0;
+		memcpy(message.runs, pairs + 2UL * first, message.nruns * sizeof(pairs[0]));
 		error = mover_call(piece->session, &message);
+		if (error == -EPIPE) /* the target is gone */
+			return;
 		for (unsigned int i = 0; i < message.nruns; i++)
 			mark(piece, message.runs[i].start, message.runs[i].length, PINNED);
+		if (!error && !(message.flags & SNAPD_REPLY_MORE))
+			return;
+		reached = first + (unsigned int)min_u64(message.dest, npairs - first - 1);
+		skip = message.value - pairs[2 * reached].start;
+		if (skip >= pairs[2 * reached].length) /* an agent that makes no sense */
+			skip = 0;
+		first = reached;
+		pairs[2 * first].start += skip;
+		pairs[2 * first].length -= skip;
+		pairs[2 * first + 1].start += skip;
 		if (error) {
-			uint64_t at = message.value;
-
-			for (; first < nruns; first++) {
-				struct snapd_run *run = &todo[first];
-				uint64_t end = run->start + run->length;
-
-				if (at > run->start && at < end)
-					mark(piece, at, end - at, PINNED);
-				else if (at <= run->start)
-					mark(piece, run->start, run->length, PINNED);
-			}
+			for (; first < npairs; first++)
+				mark(piece, pairs[2 * first].start, pairs[2 * first].length, PINNED);
 			return;
-		}
-		if (!(message.flags & SNAPD_REPLY_MORE))
-			return;
-		while (first < nruns && todo[first].start + todo[first].length <= message.value)
-			first++;
-		if (first < nruns && message.value > todo[first].start) {
-			todo[first].length -= message.value - todo[first].start;
-			todo[first].start = message.value;
 		}
 	}
+}
+
+static bool plain_between(const struct sn_piece *piece, uint64_t from, uint64_t to)
+{
+	for (uint64_t page = from; page < to; page++)
+		if (piece->decisions[page] != CLEAN && piece->decisions[page] != ZERO)
+			return false;
+	return true;
 }
 
 static void pin_pass(struct sn_piece *piece)
 {
-	struct snapd_run runs[SNAPD_WIRE_RUNS];
-	unsigned int nruns = 0;
-	uint64_t last_dirty = 0;
+	struct snapd_run pairs[SNAPD_WIRE_RUNS];
+	unsigned int npairs = 0;
 
-	for (uint64_t page = 0; page < piece->npages; page++) {
-		enum decision decision = piece->decisions[page];
-		uint64_t address = piece->aside + page * PAGE;
-		struct snapd_run *run = nruns ? &runs[nruns - 1] : NULL;
+	for (int i = 0; i < piece->nspans; i++) {
+		const struct span *span = &piece->spans[i];
+		uint64_t last_dirty = 0;
+		bool open = false;
 
-		if (decision != DIRTY)
-			continue;
-		/* Guards and poison in between would fail the move; absent and clean pages do not. */
-		if (run && page - last_dirty <= MERGE_GAP) {
-			bool plain = true;
-
-			for (uint64_t between = last_dirty + 1; between < page; between++)
-				plain &= piece->decisions[between] == CLEAN || piece->decisions[between] == ZERO;
-			if (plain) {
-				run->length = address + PAGE - run->start;
-				last_dirty = page;
+		for (uint64_t page = 0; span->outcome == SN_MOVED && page < span->npages; page++) {
+			if (piece->decisions[span->base + page] != DIRTY)
 				continue;
+			/* Guards and poison in between would fail the move; clean pages and zero pages do not. */
+			if (open && page - last_dirty <= MERGE_GAP &&
+			    plain_between(piece, span->base + last_dirty + 1, span->base + page)) {
+				pairs[2 * npairs - 2].length = span->aside + (page + 1) * PAGE - pairs[2 * npairs - 2].start;
+			} else {
+				if (npairs == SNAPD_WIRE_RUNS / 2) {
+					pin_runs(piece, pairs, npairs);
+					npairs = 0;
+				}
+				pairs[2 * npairs] = (struct snapd_run){span->aside + page * PAGE, PAGE};
+				pairs[2 * npairs + 1] = (struct snapd_run){span->staging + page * PAGE, 0};
+				npairs++;
+				open = true;
 			}
+			last_dirty = page;
 		}
-		if (nruns == SNAPD_WIRE_RUNS) {
-			pin_runs(piece, runs, nruns);
-			nruns = 0;
-		}
-		runs[nruns++] = (struct snapd_run){address, PAGE};
-		last_dirty = page;
 	}
-	if (nruns)
-		pin_runs(piece, runs, nruns);
+	if (npairs)
+		pin_runs(piece, pairs, npairs);
 }
 
 /* Pinned pages return to their address, the pin with them. Where that fails they are served from the aside. */
-static void return_pinned(struct sn_piece *piece, struct sn_piece_report *ret)
+static void return_pinned(struct sn_piece *piece, struct span *span, struct sn_piece_report *ret)
 {
-	for (uint64_t page = 0; page < piece->npages;) {
+	const uint8_t *decisions = piece->decisions + span->base;
+
+	for (uint64_t page = 0; page < span->npages;) {
 		uint64_t count = 0;
 
-		while (page + count < piece->npages && piece->decisions[page + count] == PINNED)
+		while (page + count < span->npages && decisions[page + count] == PINNED)
 			count++;
-		if (count && move_back(piece->session, piece->aside + page * PAGE, piece->start + page * PAGE,
-				       count * PAGE)) {
-			mark(piece, piece->aside + page * PAGE, count * PAGE, LEFT_ASIDE);
-			piece->keep_aside = true;
+		if (count && move_back(piece->session, span->aside + page * PAGE, span->start + page * PAGE, count * PAGE)) {
+			mark(piece, span->aside + page * PAGE, count * PAGE, LEFT_ASIDE);
+			span->keep_aside = true;
 		}
 		ret->pinned += count;
 		page += count ? count : 1;
 	}
+}
+
+static uint64_t settled(uint64_t entry, enum decision decision, struct sn_piece_report *ret)
+{
+	switch (decision) {
+	case KEEP: /* absent: what was filled and is not there was discarded without an event */
+		return ENTRY_STATE(entry) == ST_FILLED || ENTRY_STATE(entry) == ST_GUARD ? ST_NONE : entry;
+	case DIRTY:
+	case LEFT_ASIDE:
+		ret->aside++;
+		return ST_ASIDE;
+	case CLEAN:
+		ret->clean++;
+		return ENTRY_WITH(entry, ST_STORED);
+	case ZERO:
+		ret->zero++;
+		return ST_ZERO;
+	case GUARD:
+		return ST_GUARD;
+	default:
+		return ST_NONE; /* pinned: present at its address */
+	}
+}
+
+/* The records of a span say where its pages are; a page that could not go back is still in the aside. */
+static void point_aside(struct sn_piece *piece, const struct span *span, struct table *table)
+{
+	const uint8_t *decisions = piece->decisions + span->base;
+	struct record *parts = piece->session->scratch;
+	long n = pm_cut(table, span->start, span->start + span_bytes(span), parts, MAX_RECORDS);
+	uint64_t done;
+
+	for (long i = 0; i < n; i++)
+		for (uint64_t k = 0; k < parts[i].npages; k += done) {
+			uint64_t page = (parts[i].start - span->start) / PAGE + k;
+			bool left = decisions[page] == LEFT_ASIDE;
+
+			done = 1;
+			while (k + done < parts[i].npages && (decisions[page + done] == LEFT_ASIDE) == left)
+				done++;
+			pm_insert(table, (struct record){parts[i].start + k * PAGE, done, parts[i].first + k,
+							 (left ? span->aside : span->staging) + page * PAGE});
+		}
 }
 
 /* Writes the decisions into the entries and lets faults go on. */
@@ -399,63 +531,23 @@ static void settle(struct sn_piece *piece, struct sn_piece_report *ret)
 {
 	struct sn_session *session = piece->session;
 	_Atomic uint64_t *entries = session->pm.entries;
-	uint64_t base = 0, end = piece->start + piece_bytes(piece), done;
 	struct table *table;
-	long segment = 0, n;
 
 	pthread_rwlock_wrlock(&session->lock);
-	for (uint64_t page = 0; page < piece->npages; page++) {
-		uint64_t index = entry_of(piece, page, &segment, &base);
-		uint64_t entry = entries[index] & ~ENTRY_MOVING;
-
-		switch ((enum decision)piece->decisions[page]) {
-		case KEEP: /* absent: what was filled and is not there was discarded without an event */
-			if (ENTRY_STATE(entry) == ST_FILLED || ENTRY_STATE(entry) == ST_GUARD)
-				entry = ST_NONE;
-			break;
-		case DIRTY:
-		case LEFT_ASIDE:
-			entry = ST_ASIDE;
-			ret->aside++;
-			break;
-		case CLEAN:
-			entry = ENTRY_WITH(entry, ST_STORED);
-			ret->clean++;
-			break;
-		case ZERO:
-			entry = ST_ZERO;
-			ret->zero++;
-			break;
-		case GUARD:
-			entry = ST_GUARD;
-			break;
-		case PINNED:
-			entry = ST_NONE;
-			break;
-		}
-		entry_put(session, index, entry);
-	}
-	/* The records of the piece say where its pages are; a page that could not go back is still in the aside. */
 	table = pm_edit(&session->pm);
-	n = pm_cut(table, piece->start, end, session->scratch, MAX_RECORDS);
-	for (long i = 0; i < n; i++) {
-		struct record record = session->scratch[i];
+	for (int i = 0; i < piece->nspans; i++) {
+		const struct span *span = &piece->spans[i];
+		long segment = span->first_segment;
 
-		for (uint64_t k = 0; k < record.npages; k += done) {
-			uint64_t page = (record.start - piece->start) / PAGE + k;
-			bool left = piece->decisions[page] == LEFT_ASIDE;
+		if (span->outcome != SN_MOVED)
+			continue;
+		point_aside(piece, span, table);
+		for (uint64_t page = span->base; page < span->base + span->npages; page++) {
+			uint64_t index = entry_of(piece, page, &segment);
 
-			done = 1;
-			while (k + done < record.npages && (piece->decisions[page + done] == LEFT_ASIDE) == left)
-				done++;
-			pm_insert(table, (struct record){record.start + k * PAGE, done, record.first + k,
-							 (left ? piece->aside : piece->staging) + page * PAGE});
+			entry_put(session, index,
+				  settled(entries[index] & ~ENTRY_MOVING, (enum decision)piece->decisions[page], ret));
 		}
-	}
-	base = 0;
-	for (long i = 0; i < piece->nsegments; i++) {
-		piece->segments[i].staging = piece->staging + base * PAGE;
-		base += piece->segments[i].npages;
 	}
 	pm_commit(&session->pm, pm_applied(&session->pm));
 	session->in_stop = false;
@@ -463,42 +555,70 @@ static void settle(struct sn_piece *piece, struct sn_piece_report *ret)
 	pthread_rwlock_unlock(&session->lock);
 }
 
-/* Everything between the stop's two ends. Returns an outcome; the piece is either moved whole or as it was. */
+/* Everything between the stop's two ends. Each span is either moved whole or as it was. */
 static int inside_stop(struct sn_piece *piece, const struct files *files, struct sn_piece_report *ret)
 {
 	struct snapd_procmap_query vma;
-	int outcome = recheck(piece, files, &vma);
+	int error;
 
-	if (outcome == SN_MOVED)
-		outcome = watch(piece, files, &vma, &ret->cause);
-	if (outcome != SN_MOVED)
-		return outcome;
-	ret->cause = claim(piece);
-	if (ret->cause)
-		return ret->cause == -EBUSY ? SN_BUSY : SN_NO_ROOM;
-	outcome = move(piece, &ret->cause);
-	if (outcome != SN_MOVED) {
-		unclaim(piece);
-		return outcome;
+	for (int i = 0; i < piece->nspans; i++) {
+		struct span *span = &piece->spans[i];
+
+		span->outcome = recheck(piece, span, files, &vma);
+		if (span->outcome == SN_MOVED)
+			span->outcome = watch(piece, span, files, &vma);
 	}
-	ret->cause = look(piece, files, ret);
-	if (ret->cause) { /* not to be known: back as it was */
-		if (move_back(piece->session, piece->aside, piece->start, piece_bytes(piece)) == 0)
-			piece->aside = 0;
-		unclaim(piece);
-		return ret->cause == -ESRCH ? SN_GONE : SN_FAILED;
+	claim(piece);
+	error = move(piece);
+	for (int i = 0; i < piece->nspans; i++) {
+		struct span *span = &piece->spans[i];
+
+		if (error && span->outcome == SN_MOVED)
+			unclaim(piece, span, error == -EPIPE ? SN_GONE : SN_FAILED);
+		if (span->outcome != SN_MOVED)
+			continue;
+		span->cause = look(piece, span, files, ret);
+		if (!span->cause)
+			continue;
+		/* Not to be known: back as it was, or served from where it is. */
+		if (move_back(piece->session, span->aside, span->start, span_bytes(span)) == 0) {
+			span->aside = 0;
+			unclaim(piece, span, span->cause == -ESRCH ? SN_GONE : SN_FAILED);
+		} else {
+			memset(piece->decisions + span->base, LEFT_ASIDE, span->npages);
+			span->keep_aside = true;
+		}
 	}
-	ret->cause = install_guards(piece, ret);
+	install_guards(piece, ret);
 	pin_pass(piece);
-	return_pinned(piece, ret);
+	for (int i = 0; i < piece->nspans; i++)
+		if (piece->spans[i].outcome == SN_MOVED)
+			return_pinned(piece, &piece->spans[i], ret);
 	settle(piece, ret);
-	return SN_MOVED;
+	return error == -EPIPE ? SN_GONE : SN_MOVED;
+}
+
+/* Segments of spans that did not move are nobody's to pack. */
+static void keep_moved_segments(struct sn_piece *piece)
+{
+	long kept = 0;
+
+	for (int i = 0; i < piece->nspans; i++) {
+		struct span *span = &piece->spans[i];
+
+		if (span->outcome != SN_MOVED)
+			continue;
+		for (long k = 0; k < span->nsegments; k++)
+			piece->segments[kept + k] = piece->segments[span->first_segment + k];
+		span->first_segment = kept;
+		kept += span->nsegments;
+	}
+	piece->nsegments = kept;
 }
 
 static void move_piece(struct sn_piece *piece, struct sn_piece_report *ret)
 {
 	struct sn_session *session = piece->session;
-	struct snapd_run staging;
 	struct files files = {-1, -1};
 	uint64_t began;
 	int error;
@@ -513,17 +633,25 @@ static void move_piece(struct sn_piece *piece, struct sn_piece_report *ret)
 	} else {
 		pack_pause();
 		began = now_ns();
-		ret->outcome = stop_begin(piece->session->stop, atomic_load(&session->pid), session->agent_tids);
+		ret->outcome = stop_begin(session->stop, atomic_load(&session->pid), session->agent_tids);
 		ret->until_stopped_ns = now_ns() - began;
-		ret->threads = stop_threads(piece->session->stop);
+		ret->threads = stop_threads(session->stop);
 		if (ret->outcome == SN_MOVED)
 			ret->outcome = inside_stop(piece, &files, ret);
-		stop_end(piece->session->stop);
+		else
+			piece->nspans = 0;
+		stop_end(session->stop);
 		ret->stop_ns = now_ns() - began;
 		pack_continue();
 	}
-	if (ret->outcome != SN_MOVED && piece->staging) {
-		staging = (struct snapd_run){piece->staging, piece_bytes(piece)};
+	keep_moved_segments(piece);
+	for (int i = 0; i < piece->nspans; i++) {
+		ret->outcomes[i] = piece->spans[i].outcome;
+		ret->causes[i] = piece->spans[i].cause;
+	}
+	if (!piece->nsegments && piece->staging) {
+		struct snapd_run staging = {piece->staging, piece->staging_bytes};
+
 		mover_unmap(session, &staging, 1, 0, 0);
 		piece->staging = 0;
 	}

@@ -13,6 +13,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+_Static_assert(sizeof(struct page_map_header) <= PM_RING_OFFSET, "the header has a page");
+
 static const char MAGIC[8] = "HSNAPPM1";
 
 int sn_page_map_create(void)

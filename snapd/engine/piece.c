@@ -8,21 +8,45 @@
 #include <stdlib.h>
 #include <unistd.h>
 
-#define SLOT_BYTES (128UL << 20)
+#define SLOT_BYTES (1UL << 30)
 
-struct sn_piece *sn_piece_create(struct sn_session *session, uint64_t start, uint64_t end, uint64_t hint)
+/* The first address not below at that is congruent with like modulo 2 MiB: huge pages stay whole there and page tables
+ * move by the table. */
+static uint64_t congruent(uint64_t at, uint64_t like)
+{
+	return at + ((like - at) & (HUGE_BYTES - 1));
+}
+
+static void place_spans(struct sn_piece *piece, const uint64_t *intervals, uint64_t hint)
+{
+	uint64_t aside = (hint & ~(HUGE_BYTES - 1)) + (uint64_t)piece->slot * SLOT_BYTES, staging = 0;
+
+	piece->staging_hint = hint ? aside + SLOT_BYTES / 2 : 0;
+	for (int i = 0; i < piece->nspans; i++) {
+		struct span *span = &piece->spans[i];
+
+		span->start = intervals[2 * i];
+		span->npages = (intervals[2 * i + 1] - span->start) / PAGE;
+		span->base = piece->npages;
+		piece->npages += span->npages;
+		aside = congruent(aside, span->start);
+		span->hint = hint ? aside : 0;
+		aside += span_bytes(span);
+		staging = congruent(staging, span->start);
+		span->staging = staging; /* an offset until the staging is mapped */
+		staging += span_bytes(span);
+	}
+	piece->staging_bytes = staging;
+}
+
+struct sn_piece *sn_piece_create(struct sn_session *session, const uint64_t *intervals, int nintervals, uint64_t hint)
 {
 	struct sn_piece *piece = calloc(1, sizeof(*piece));
-	uint64_t npages = (end - start) / PAGE;
 
 	if (!piece)
 		return NULL;
 	piece->session = session;
-	piece->start = start;
-	piece->npages = npages;
-	piece->segments = calloc(MAX_SEGMENTS_OF_PIECE, sizeof(*piece->segments));
-	piece->decisions = calloc(npages, 1);
-	piece->regions = calloc(npages + 1, sizeof(*piece->regions));
+	piece->nspans = nintervals;
 	pthread_mutex_init(&piece->lock, NULL);
 	pthread_cond_init(&piece->done, NULL);
 	pthread_rwlock_wrlock(&session->lock);
@@ -33,10 +57,13 @@ struct sn_piece *sn_piece_create(struct sn_session *session, uint64_t start, uin
 			piece->slot = i;
 		}
 	pthread_rwlock_unlock(&session->lock);
-	/* Congruent modulo 2 MiB with the source: huge pages stay whole and page tables move by the table. */
-	piece->hint = (hint & ~(HUGE_BYTES - 1)) + (uint64_t)(piece->slot < 0 ? 0 : piece->slot) * SLOT_BYTES +
-		      start % HUGE_BYTES;
-	if (!piece->segments || !piece->decisions || !piece->regions || piece->slot < 0) {
+	if (piece->slot >= 0 && nintervals > 0 && nintervals <= MAX_SPANS) {
+		place_spans(piece, intervals, hint);
+		piece->segments = calloc(MAX_SEGMENTS_OF_PIECE, sizeof(*piece->segments));
+		piece->decisions = calloc(piece->npages, 1);
+		piece->regions = calloc(piece->npages + 1, sizeof(*piece->regions));
+	}
+	if (!piece->segments || !piece->decisions || !piece->regions) {
 		sn_piece_free(piece);
 		return NULL;
 	}
@@ -50,7 +77,7 @@ void sn_piece_free(struct sn_piece *piece)
 	pthread_rwlock_wrlock(&session->lock);
 	if (piece->slot >= 0) {
 		session->inflight[piece->slot] = NULL;
-		session->pm.header->intents[piece->slot] = (struct intent){0};
+		memset(&session->pm.header->intents[piece->slot * MAX_SPANS], 0, MAX_SPANS * sizeof(struct intent));
 	}
 	pthread_rwlock_unlock(&session->lock);
 	pthread_mutex_destroy(&piece->lock);
@@ -100,7 +127,7 @@ int sn_piece_return(struct sn_piece *piece)
 static int leave_staging(struct sn_piece *piece)
 {
 	struct sn_session *session = piece->session;
-	uint64_t end = piece->staging + piece_bytes(piece);
+	uint64_t end = piece->staging + piece->staging_bytes;
 	struct table *table;
 	int error = 0;
 
@@ -113,8 +140,7 @@ static int leave_staging(struct sn_piece *piece)
 	for (long i = 0; i < piece->nsegments; i++)
 		for (uint64_t k = 0; k < piece->segments[i].npages; k++)
 			if (ENTRY_STATE(session->pm.entries[piece->segments[i].first + k]) == ST_ASIDE &&
-			    !(piece->keep_aside && piece->decisions[(piece->segments[i].staging - piece->staging) / PAGE + k] ==
-							   LEFT_ASIDE))
+			    piece->decisions[piece->segments[i].base + k] != LEFT_ASIDE)
 				error = -EBUSY;
 	if (!error) {
 		table = pm_edit(&session->pm);
@@ -132,7 +158,8 @@ static int leave_staging(struct sn_piece *piece)
 int sn_piece_drop(struct sn_piece *piece, uint64_t slice, unsigned int breath_us)
 {
 	struct sn_session *session = piece->session;
-	struct snapd_run runs[2] = {{piece->staging, piece_bytes(piece)}, {piece->aside, piece_bytes(piece)}};
+	struct snapd_run runs[1 + MAX_SPANS] = {{piece->staging, piece->staging_bytes}};
+	unsigned int nruns = 1;
 	int error;
 
 	if (!piece->staging)
@@ -140,8 +167,14 @@ int sn_piece_drop(struct sn_piece *piece, uint64_t slice, unsigned int breath_us
 	error = leave_staging(piece);
 	if (error)
 		return error;
+	for (int i = 0; i < piece->nspans; i++) {
+		const struct span *span = &piece->spans[i];
+
+		if (span->aside && !span->keep_aside)
+			runs[nruns++] = (struct snapd_run){span->aside, span_bytes(span)};
+	}
 	pthread_mutex_lock(&session->mover);
-	error = mover_unmap(session, runs, piece->keep_aside ? 1 : 2, slice, breath_us);
+	error = mover_unmap(session, runs, nruns, slice, breath_us);
 	pthread_mutex_unlock(&session->mover);
 	if (!error)
 		piece->staging = 0;
