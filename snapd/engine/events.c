@@ -85,6 +85,17 @@ static void apply_remap(struct sn_session *session, struct table *table, uint64_
 	pm_add_debt(table, from, from + bytes);
 }
 
+/* The page map says where a piece went, so that a successor knows it too. */
+static void note_own_move(struct page_map_header *header, uint64_t from, uint64_t bytes, uint64_t to)
+{
+	for (int i = 0; i < MAX_INFLIGHT * MAX_SPANS; i++) {
+		struct intent *intent = &header->intents[i];
+
+		if (intent->phase == PHASE_MOVE && intent->start == from && intent->npages * PAGE == bytes)
+			intent->aside = to;
+	}
+}
+
 void events_apply(struct sn_session *session, const struct snapd_uffd_msg *message, unsigned int applied)
 {
 	struct page_map *pm = &session->pm;
@@ -105,10 +116,7 @@ void events_apply(struct sn_session *session, const struct snapd_uffd_msg *messa
 		break;
 	case SNAPD_UFFD_EVENT_REMAP:
 		if (session->in_stop) {
-			for (int i = 0; i < session->nown_moves; i++)
-				if (session->own_moves[i].start == message->arg.remap.from &&
-				    session->own_moves[i].length == message->arg.remap.len)
-					session->own_moves_to[i] = message->arg.remap.to;
+			note_own_move(pm->header, message->arg.remap.from, message->arg.remap.len, message->arg.remap.to);
 			break;
 		}
 		COUNT(session, remaps);

@@ -205,9 +205,6 @@ struct sn_session {
 	pthread_rwlock_t lock;
 	bool in_stop; /* all but the agent stands: events are our own */
 	atomic_bool forked; /* pages may be shared with a child */
-	struct snapd_run own_moves[MAX_SPANS]; /* what the stop moves, and where the REMAP events say that it went */
-	uint64_t own_moves_to[MAX_SPANS];
-	int nown_moves;
 
 	pthread_t reader, fillers[MAX_FILLERS];
 	int nfillers;

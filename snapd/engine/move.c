@@ -179,7 +179,6 @@ static void claim(struct sn_piece *piece)
 	pthread_rwlock_wrlock(&session->lock);
 	table = pm_edit(&session->pm);
 	table->ndebts = 0;
-	session->nown_moves = 0;
 	for (int i = 0; i < piece->nspans; i++) {
 		struct span *span = &piece->spans[i];
 
@@ -192,8 +191,6 @@ static void claim(struct sn_piece *piece)
 			span->outcome = span->cause == -EBUSY ? SN_BUSY : SN_NO_ROOM;
 			continue;
 		}
-		session->own_moves[session->nown_moves] = (struct snapd_run){span->start, span_bytes(span)};
-		session->own_moves_to[session->nown_moves++] = 0;
 	}
 	piece_set_phase(piece, PHASE_MOVE);
 	pm_commit(&session->pm, pm_applied(&session->pm));
@@ -238,12 +235,10 @@ static int outcome_of_mremap(int error)
 	}
 }
 
-static uint64_t where_it_went(const struct sn_session *session, uint64_t start)
+/* What the event said, which is in the page map; 0 for no event. */
+static uint64_t where_it_went(const struct sn_piece *piece, int span)
 {
-	for (int i = 0; i < session->nown_moves; i++)
-		if (session->own_moves[i].start == start)
-			return session->own_moves_to[i];
-	return 0;
+	return piece->session->pm.header->intents[piece->slot * MAX_SPANS + span].aside;
 }
 
 static int move(struct sn_piece *piece)
@@ -265,28 +260,24 @@ static int move(struct sn_piece *piece)
 		return error;
 	/* The mremaps returned, so their events were read; taking the lock makes sure that they were applied. */
 	pthread_rwlock_wrlock(&session->lock);
-	for (unsigned int i = 0; i + 1 < message.nruns; i += 2)
-		for (int k = 0; k < piece->nspans; k++)
-			if (piece->spans[k].outcome == SN_MOVED && piece->spans[k].start == message.runs[i].start) {
-				piece->spans[k].aside = message.runs[i + 1].start;
-				piece->spans[k].cause = -(int)message.runs[i + 1].length;
-			}
-	piece_set_phase(piece, PHASE_PIN);
 	pthread_rwlock_unlock(&session->lock);
-	for (int i = 0; i < piece->nspans; i++) {
+	for (int i = 0, pair = 0; i < piece->nspans; i++) {
 		struct span *span = &piece->spans[i];
 
 		if (span->outcome != SN_MOVED)
 			continue;
+		span->aside = message.runs[2 * pair + 1].start;
+		span->cause = -(int)message.runs[2 * pair++ + 1].length;
 		if (!span->aside) {
 			unclaim(piece, span, outcome_of_mremap(-span->cause));
-		} else if (where_it_went(session, span->start) != span->aside) {
+		} else if (where_it_went(piece, i) != span->aside) {
 			/* No event: the mapping was not ours to watch. Nothing runs: it goes back as if nothing had been. */
 			if (move_back(session, span->aside, span->start, span_bytes(span)) == 0)
 				span->aside = 0;
 			unclaim(piece, span, SN_CHANGED);
 		}
 	}
+	piece_set_phase(piece, PHASE_PIN);
 	return 0;
 }
 
