@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from snapd import directories
 from snapd.errors import INTERFACE, DirectoryUnusable, NoDaemon, ProtocolError, SnapdError, from_varlink
+from snapd.protocol.options import EVERYTHING, DumpOptions
 from snapd.protocol.reports import DumpProgress, DumpReport, Report, RestoreReport, StatusReport
 from snapd.protocol.varlink import ClientConnection, Reply
 
@@ -153,19 +154,21 @@ class Client(_Base):
             for reply in replies:
                 yield _step(reply, kind)
 
-    def iter_dump(self, pid: int, *, level: int | None = None) -> Generator[DumpProgress | DumpReport, None, None]:
+    def iter_dump(
+        self, pid: int, options: DumpOptions = EVERYTHING
+    ) -> Generator[DumpProgress | DumpReport, None, None]:
         """Dump `pid` and yield its progress, and the report at the end. Giving up on it does not stop the dump."""
-        return self._steps("Dump", DumpReport, pid=pid, level=level)
+        return self._steps("Dump", DumpReport, pid=pid, **options.parameters())
 
     def iter_restore(self, pid: int) -> Generator[DumpProgress | RestoreReport, None, None]:
         """Restore `pid` and yield its progress, and the report at the end."""
         return self._steps("Restore", RestoreReport, pid=pid)
 
-    def dump(self, pid: int, *, level: int | None = None, progress: ProgressCallback | None = None) -> DumpReport:
-        """Take the heap of `pid` out of memory, calling `progress` meanwhile; `level` is zstd's."""
+    def dump(self, pid: int, options: DumpOptions = EVERYTHING, progress: ProgressCallback | None = None) -> DumpReport:
+        """Take the heap of `pid` out of memory, calling `progress` meanwhile."""
         if progress is None:
-            return DumpReport.from_json(_checked(self._one("Dump", pid=pid, level=level)).get("report"))
-        return _drive(self.iter_dump(pid, level=level), progress)
+            return DumpReport.from_json(_checked(self._one("Dump", pid=pid, **options.parameters())).get("report"))
+        return _drive(self.iter_dump(pid, options), progress)
 
     def restore(self, pid: int, *, progress: ProgressCallback | None = None) -> RestoreReport:
         """Bring every page of `pid` back, calling `progress` meanwhile."""
@@ -264,19 +267,23 @@ class AsyncClient(_Base):
             async for reply in replies:
                 yield _step(reply, kind)
 
-    def iter_dump(self, pid: int, *, level: int | None = None) -> AsyncGenerator[DumpProgress | DumpReport, None]:
+    def iter_dump(self, pid: int, options: DumpOptions = EVERYTHING) -> AsyncGenerator[DumpProgress | DumpReport, None]:
         """Dump `pid` and yield its progress, and the report at the end. Use it with contextlib.aclosing."""
-        return self._steps("Dump", DumpReport, pid=pid, level=level)
+        return self._steps("Dump", DumpReport, pid=pid, **options.parameters())
 
     def iter_restore(self, pid: int) -> AsyncGenerator[DumpProgress | RestoreReport, None]:
         """Restore `pid` and yield its progress, and the report at the end. Use it with contextlib.aclosing."""
         return self._steps("Restore", RestoreReport, pid=pid)
 
-    async def dump(self, pid: int, *, level: int | None = None, progress: ProgressCallback | None = None) -> DumpReport:
-        """Take the heap of `pid` out of memory, calling `progress` meanwhile; `level` is zstd's."""
+    async def dump(
+        self, pid: int, options: DumpOptions = EVERYTHING, progress: ProgressCallback | None = None
+    ) -> DumpReport:
+        """Take the heap of `pid` out of memory, calling `progress` meanwhile."""
         if progress is None:
-            return DumpReport.from_json(_checked(await self._one("Dump", pid=pid, level=level)).get("report"))
-        return await _drive_async(self.iter_dump(pid, level=level), progress)
+            return DumpReport.from_json(
+                _checked(await self._one("Dump", pid=pid, **options.parameters())).get("report")
+            )
+        return await _drive_async(self.iter_dump(pid, options), progress)
 
     async def restore(self, pid: int, *, progress: ProgressCallback | None = None) -> RestoreReport:
         """Bring every page of `pid` back, calling `progress` meanwhile."""

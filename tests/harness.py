@@ -20,6 +20,7 @@ from typing import Self
 from snapd import Client
 from snapd.agent import library_path
 from snapd.errors import SnapdError
+from snapd.protocol.options import DumpOptions
 from snapd.protocol.reports import DumpReport, RestoreReport, SessionInfo, StatusReport
 from tests.processes import (
     ASK_S,
@@ -139,10 +140,10 @@ class Daemon:
         """Wait until the process is managed."""
         return wait_until(lambda: self.session(pid), f"a session of process {pid}", timeout_s)
 
-    def dump(self, pid: int, *, level: int | None = None) -> DumpReport:
+    def dump(self, pid: int, *, level: int | None = None, share_percent: int = 100, seed: int = 0) -> DumpReport:
         """Dump once."""
         with self.client() as client:
-            return client.dump(pid, level=level)
+            return client.dump(pid, DumpOptions(level, share_percent, seed))
 
     def restore(self, pid: int) -> RestoreReport:
         """Bring every page back."""

@@ -8,6 +8,7 @@ import click
 
 from snapd.cli import options, output, progress
 from snapd.client import Client
+from snapd.protocol.options import DumpOptions
 from snapd.protocol.reports import DumpReport
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def command(pids: tuple[int, ...], level: int | None, as_json: bool, runtime_dir
     with output.errors_as_json(as_json), Client(runtime_dir) as client:
 
         def act(pid: int) -> dict[str, Any]:
-            steps = client.iter_dump(pid, level=level)
+            steps = client.iter_dump(pid, DumpOptions(level=level))
             return progress.follow(steps, f"dump {pid}", hidden=as_json).to_json()
 
         output.each(pids, act, as_json=as_json, show=_show)

@@ -30,6 +30,7 @@ from snapd.errors import (
 )
 from snapd.pages import PAGE, Range, total_bytes
 from snapd.protocol import agent
+from snapd.protocol.options import ALL_PERCENT, DumpOptions
 from snapd.protocol.reports import DumpProgress, DumpReport
 
 if TYPE_CHECKING:
@@ -55,14 +56,15 @@ class Dump:
     """One dump of one session."""
 
     def __init__(
-        self, session: Session, state_dir: Path, level: int | None, progress: Callable[[DumpProgress], None]
+        self, session: Session, state_dir: Path, options: DumpOptions, progress: Callable[[DumpProgress], None]
     ) -> None:
         """Prepare; nothing is touched before `run`."""
         self._session = session
         self._native = session.native
         self._pid = session.pid
         self._state_dir = state_dir
-        self._level = DEFAULT_LEVEL if level is None else level
+        self._options = options
+        self._level = DEFAULT_LEVEL if options.level is None else options.level
         self._progress = progress
         self._size = policy.PieceSize()
         self._flying: deque[engine.Piece] = deque()
@@ -167,6 +169,8 @@ class Dump:
         self._total_bytes = plan.total_bytes
         self._hint = policy.wide_hole(mappings, policy.MAX_PIECE_BYTES * 32)
         self._forked = self._native.take_forked()
+        if self._options.share_percent < ALL_PERCENT:
+            return policy.scatter(plan.intervals, self._options.share_percent, self._options.seed)
         return list(plan.intervals)
 
     def _all_asleep(self) -> bool:

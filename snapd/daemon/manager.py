@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from snapd.daemon.agents import AgentSocket
     from snapd.daemon.server import Peer, Progress
+    from snapd.protocol.options import DumpOptions
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ class Manager:
 
         return report
 
-    async def dump(self, peer: Peer, pid: int, *, level: int | None, progress: Progress) -> DumpReport:
+    async def dump(self, peer: Peer, pid: int, *, options: DumpOptions, progress: Progress) -> DumpReport:
         """Do one dump; SessionBusy while another of this session runs."""
         session = self._authorised(peer, pid)
         session.refuse_second_dump()
@@ -107,7 +108,7 @@ class Manager:
                 log.info("pid %d: its user changed: it is let go", pid)
                 await self._in_thread(partial(session.restore, lambda _: None))
                 raise NotPermitted(pid, peer.uid)
-            work = Dump(session, self._state_dir, level, self._from_thread(progress))
+            work = Dump(session, self._state_dir, options, self._from_thread(progress))
             report = await self._in_thread(work.run)
             if session.store is not None:
                 await self._in_thread(session.store.trim)

@@ -6,6 +6,7 @@ Owns the list of what must stay and why, and how large a piece is. Does no I/O a
 from __future__ import annotations
 
 import itertools
+import random
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
@@ -121,8 +122,23 @@ def plan(mappings: Sequence[Mapping], threads: Iterable[tuple[int, int]], own: I
     return Plan(tuple(intervals), total, {reason: size for reason, size in skipped.items() if size})
 
 
+SCATTER_PAGES: Final = 1024
 SPAN_WEIGHT_PAGES: Final = 96
 """What one more interval costs in a stop, in pages of the same time."""
+
+
+def scatter(intervals: Iterable[Range], share_percent: int, seed: int) -> list[Range]:
+    """Return a random part of the intervals: runs of 1 to SCATTER_PAGES pages, each taken or left."""
+    rng = random.Random(seed)  # noqa: S311 - it decides for tests, and must repeat
+    taken: list[Range] = []
+    for interval in intervals:
+        at = interval.start
+        while at < interval.end:
+            end = min(interval.end, at + rng.randint(1, SCATTER_PAGES) * PAGE)
+            if rng.randrange(100) < share_percent:
+                taken.append(Range(at, end))
+            at = end
+    return merge(taken)
 
 
 class PieceSize:

@@ -19,6 +19,7 @@ import trio
 from snapd.directories import CONTROL_SOCKET, RuntimeLock
 from snapd.errors import INTERFACE, Internal, NoSuchProcess, ProtocolError, SnapdError
 from snapd.protocol import service
+from snapd.protocol.options import ALL_PERCENT, MAX_LEVEL, MIN_LEVEL, DumpOptions
 from snapd.protocol.reports import DumpProgress, DumpReport, RestoreReport, StatusReport
 from snapd.protocol.varlink import Call, Parameters, Reply, ServerConnection
 
@@ -28,8 +29,6 @@ MAX_CONNECTIONS_PER_UID: Final = 64
 """For all but root. Sessions need file descriptors too: a fork event that finds none loses the child's pages."""
 
 PROGRESS_INTERVAL_S: Final = 0.05
-MAX_LEVEL: Final = 22
-MIN_LEVEL: Final = -7
 
 _BACKLOG: Final = 128
 _QUEUED_CALLS: Final = 8
@@ -55,7 +54,7 @@ class Backend(Protocol):
     is to be called from the trio thread; it returns at once, and calls may come as often as they like.
     """
 
-    async def dump(self, peer: Peer, pid: int, *, level: int | None, progress: Progress) -> DumpReport:
+    async def dump(self, peer: Peer, pid: int, *, options: DumpOptions, progress: Progress) -> DumpReport:
         """Do one dump of `pid`."""
 
     async def restore(self, peer: Peer, pid: int, *, progress: Progress) -> RestoreReport:
@@ -215,10 +214,14 @@ class _Server:
         backend = self._backend
         match call.method.removeprefix(f"{INTERFACE}."):
             case "Dump":
-                given = service.parameters(call, "pid", "level")
+                given = service.parameters(call, "pid", "level", "share_percent", "seed")
                 pid = _pid(given)
-                level = service.optional_integer(given, "level", MIN_LEVEL, MAX_LEVEL)
-                job = self._start(lambda progress: backend.dump(peer, pid, level=level, progress=progress))
+                options = DumpOptions(
+                    level=service.optional_integer(given, "level", MIN_LEVEL, MAX_LEVEL),
+                    share_percent=service.optional_integer(given, "share_percent", 1, ALL_PERCENT) or ALL_PERCENT,
+                    seed=service.optional_integer(given, "seed", 0) or 0,
+                )
+                job = self._start(lambda progress: backend.dump(peer, pid, options=options, progress=progress))
                 return await _report(job, call, stream)
             case "Restore":
                 pid = _pid(service.parameters(call, "pid"))

@@ -18,6 +18,7 @@ import snapd
 from snapd import errors
 from snapd.daemon.server import Peer, listen, serve_control
 from snapd.directories import RuntimeLock
+from snapd.protocol.options import DumpOptions
 from snapd.protocol.reports import DaemonInfo, DumpProgress, DumpReport, RestoreReport, SessionInfo, StatusReport
 
 if TYPE_CHECKING:
@@ -106,10 +107,10 @@ class FakeBackend:
             progress(DumpProgress(pid, step * 25 * MIB, 100 * MIB))
 
     async def dump(
-        self, peer: Peer, pid: int, *, level: int | None, progress: Callable[[DumpProgress], None]
+        self, peer: Peer, pid: int, *, options: DumpOptions, progress: Callable[[DumpProgress], None]
     ) -> DumpReport:
         """Pretend a dump."""
-        self.levels.append(level)
+        self.levels.append(options.level)
         await self._work("dump", peer, pid, progress)
         return DumpReport.from_json({**DUMP.to_json(), "pid": pid})
 

@@ -13,13 +13,14 @@ import trio
 import snapd
 from snapd.client import AsyncClient, Client
 from snapd.errors import ERRORS, DirectoryUnusable, NoDaemon, SnapdError
+from snapd.protocol.options import DumpOptions
 from snapd.protocol.reports import DumpProgress, DumpReport, RestoreReport
 from tests.cli.fake import DUMP, GOOD, MIB, REFUSED, SLOW, WAIT_S, Served
 
 
 def test_blocking_client_does_every_call(served: Served) -> None:
     with snapd.Client(served.runtime_dir) as client:
-        assert client.dump(GOOD, level=5) == DUMP
+        assert client.dump(GOOD, DumpOptions(level=5)) == DUMP
         assert client.restore(GOOD) == RestoreReport(GOOD, 64 * MIB, 0.5)
         client.detach(GOOD)
         assert client.status().sessions == served.backend.sessions
@@ -31,7 +32,7 @@ def test_blocking_client_does_every_call(served: Served) -> None:
 def test_async_client_does_every_call(served: Served) -> None:
     async def main() -> None:
         async with AsyncClient(served.runtime_dir) as client:
-            assert await client.dump(GOOD, level=5) == DUMP
+            assert await client.dump(GOOD, DumpOptions(level=5)) == DUMP
             assert await client.restore(GOOD) == RestoreReport(GOOD, 64 * MIB, 0.5)
             await client.detach(GOOD)
             assert (await client.status()).sessions == served.backend.sessions
