@@ -20,7 +20,15 @@ from snapd.daemon import agents, procfs
 from snapd.daemon.dump import Dump
 from snapd.daemon.session import Session, State
 from snapd.engine import NoticeKind
-from snapd.errors import NoSuchProcess, NotCooperating, NotEnoughMemory, NotPermitted, SnapdError, TargetGone
+from snapd.errors import (
+    NoSuchProcess,
+    NotCooperating,
+    NotEnoughMemory,
+    NotPermitted,
+    ProtocolError,
+    SnapdError,
+    TargetGone,
+)
 from snapd.protocol.agent import Kind, Message
 from snapd.protocol.reports import DaemonInfo, DumpProgress, DumpReport, RestoreReport, StatusReport
 
@@ -147,7 +155,11 @@ class Manager:
             for one in self._sessions.values()
             if one.state is not State.GONE and peer.uid in (0, one.uid) and pid in (None, one.pid)
         ]
-        infos = [await self._in_thread(one.info) for one in sorted(seen, key=lambda one: one.pid)]
+        infos = []
+        for one in sorted(seen, key=lambda one: one.pid):
+            async with one.looking:
+                if one.state is not State.GONE:
+                    infos.append(await self._in_thread(one.info))
         return StatusReport(DaemonInfo(os.getpid(), None, __version__), tuple(infos))
 
     async def _hello(self, sock: AgentSocket, hello: Message, peer: Peer) -> None:
@@ -158,6 +170,8 @@ class Manager:
             # The program has been replaced by exec, and its new agent was quicker than the end of the old connection.
             with trio.move_on_after(agents.HANDSHAKE_S):
                 await old.gone.wait()
+            if self._find(peer.pid) is old:
+                raise ProtocolError(f"pid {peer.pid} has an agent already")
         try:
             with trio.fail_after(agents.HANDSHAKE_S):
                 session = await agents.make_session(sock, hello, peer, self._state_dir)
@@ -177,14 +191,14 @@ class Manager:
         self._nursery.start_soon(self._watch, session)
 
     async def _watch(self, session: Session) -> None:
+        key = session.native.key
         await session.wait_end()
-        session.gone.set()
         async with session.operation:
-            key = session.native.key
             session.become(State.GONE)
             self._sessions.pop(key, None)
             with trio.CancelScope(shield=True):
-                await self._in_thread(session.close)
+                async with session.looking:
+                    await self._in_thread(session.close)
         log.log(logging.INFO if session.has_agent else logging.DEBUG, "pid %d: gone", session.pid)
 
     async def _fork_wait(self, sock: AgentSocket, hello: Message, peer: Peer) -> None:

@@ -87,6 +87,7 @@ class Session:
         self.stuck: list[engine.Piece] = []
         self.gone = trio.Event()
         self.operation = trio.Lock()
+        self.looking = trio.Lock()  # held by whoever reads figures beside an operation, and for the end
         self.has_agent = agent_sock >= 0
         self._hangup: select.epoll | None = None
         if self.has_agent:
@@ -123,13 +124,14 @@ class Session:
 
             async def wait(fd: int) -> None:
                 await trio.lowlevel.wait_readable(fd)
-                nursery.cancel_scope.cancel()
+                self.gone.set()
 
             if self.pidfd >= 0:
                 nursery.start_soon(wait, self.pidfd)
             if self._hangup is not None:
                 nursery.start_soon(wait, self._hangup.fileno())
-            nursery.start_soon(self.gone.wait)
+            await self.gone.wait()
+            nursery.cancel_scope.cancel()
 
     def comm(self) -> str:
         """Return the program's name, or '?' when it is not known."""

@@ -47,7 +47,10 @@ class NoticeKind(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """One notice; `session` and `child` are handles' addresses, `cause` an errno, a frame error, or 0."""
+    """One notice.
+
+    `session` is the key of one that may be closed by now, `child` a handle, `cause` an errno, a frame error, or 0.
+    """
 
     kind: NoticeKind
     cause: int
@@ -184,11 +187,7 @@ def notices() -> Iterator[Notice]:
     """Take all notices that are there."""
     raw = ffi.new("struct sn_notice *")
     while lib.sn_next_notice(raw):
-        yield Notice(NoticeKind(raw.kind), raw.cause, _address(raw.session), raw.child or None, raw.address, raw.value)
-
-
-def _address(handle: Any) -> int:
-    return int(ffi.cast("uintptr_t", handle))
+        yield Notice(NoticeKind(raw.kind), raw.cause, raw.session, raw.child or None, raw.address, raw.value)
 
 
 def uffd_api(uffd: int, *, with_fork: bool) -> int:
@@ -287,8 +286,8 @@ class Session:
 
     @property
     def key(self) -> int:
-        """The handle's address, as notices name it."""
-        return _address(self.handle)
+        """The session's id, as notices name it."""
+        return int(lib.sn_session_id(self.handle))
 
     def close(self) -> None:
         """End the threads and close the descriptors. What is out then is served by nobody here."""

@@ -14,7 +14,7 @@ struct sn_codec {
 enum sn_notice_kind { SN_NOTICE_CHILD = 1, SN_NOTICE_GONE = 2, SN_NOTICE_BAD_FRAME = 3, SN_NOTICE_TROUBLE = 4 };
 struct sn_notice {
 	int kind, cause; /* cause: errno, or 0 */
-	struct sn_session *session; /* CHILD: the parent */
+	uint64_t session; /* sn_session_id; CHILD: the parent's. The session may be closed by now. */
 	struct sn_session *child;
 	uint64_t address, value;
 };
@@ -82,6 +82,7 @@ int sn_page_map_create(void); /* a sealed memfd, or a negative errno */
 
 struct sn_session *sn_session_create(const struct sn_target *target, struct sn_store *store, int *ret_error);
 void sn_session_close(struct sn_session *session);
+uint64_t sn_session_id(struct sn_session *session); /* never given out twice */
 int sn_session_pid(struct sn_session *session);
 void sn_session_set_pid(struct sn_session *session, int pid);
 int sn_session_uffd(struct sn_session *session);

@@ -80,7 +80,7 @@ static void apply_remap(struct sn_session *session, struct table *table, uint64_
 	for (long i = 0; i < n; i++) {
 		parts[i].start = parts[i].start - from + to;
 		if (pm_insert(table, parts[i]))
-			notify(&(struct sn_notice){.kind = SN_NOTICE_TROUBLE, .session = session, .cause = -ENOSPC});
+			notify(&(struct sn_notice){.kind = SN_NOTICE_TROUBLE, .session = session->id, .cause = -ENOSPC});
 	}
 	pm_add_debt(table, from, from + bytes);
 }
@@ -107,7 +107,7 @@ void events_apply(struct sn_session *session, const struct snapd_uffd_msg *messa
 		COUNT(session, forks);
 		error = session_fork(session, (int)message->arg.fork.ufd);
 		if (error)
-			notify(&(struct sn_notice){.kind = SN_NOTICE_TROUBLE, .session = session, .cause = -error,
+			notify(&(struct sn_notice){.kind = SN_NOTICE_TROUBLE, .session = session->id, .cause = -error,
 						   .value = message->arg.fork.ufd});
 		break;
 	case SNAPD_UFFD_EVENT_REMOVE:

@@ -112,7 +112,7 @@ static enum fill_result result_of(struct sn_session *session, uint64_t address, 
 	case UFFD_GONE:
 		return FILL_GONE;
 	default:
-		notify(&(struct sn_notice){.kind = SN_NOTICE_TROUBLE, .session = session, .address = address,
+		notify(&(struct sn_notice){.kind = SN_NOTICE_TROUBLE, .session = session->id, .address = address,
 					   .cause = errno});
 		return FILL_LATER;
 	}
@@ -128,7 +128,7 @@ static enum fill_result poison(struct sn_session *session, const struct place *p
 	    atomic_compare_exchange_strong(&session->pm.entries[place->index], &old, ST_BAD)) {
 		store_unhold_entry(session->store, old);
 		COUNT(session, bad_pages);
-		notify(&(struct sn_notice){.kind = SN_NOTICE_BAD_FRAME, .session = session, .address = address,
+		notify(&(struct sn_notice){.kind = SN_NOTICE_BAD_FRAME, .session = session->id, .address = address,
 					   .cause = cause, .value = ENTRY_OFFSET(old)});
 	}
 	if (result == UFFD_DONE)
@@ -293,7 +293,7 @@ void *filler_main(void *arg)
 	struct fault fault;
 
 	if (filler_init(&filler)) {
-		notify(&(struct sn_notice){.kind = SN_NOTICE_TROUBLE, .session = session, .cause = ENOMEM});
+		notify(&(struct sn_notice){.kind = SN_NOTICE_TROUBLE, .session = session->id, .cause = ENOMEM});
 		return NULL;
 	}
 	prefer_thread(-10);

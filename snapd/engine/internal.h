@@ -191,6 +191,7 @@ struct filler { /* one thread's means of filling */
 struct stop;
 
 struct sn_session {
+	uint64_t id;
 	atomic_int pid;
 	int uffd, agent_sock, wake_fd;
 	int agent_tids[2];

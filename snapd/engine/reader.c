@@ -57,7 +57,7 @@ static bool drain(struct sn_session *session, struct pending *pending)
 			if (errno != EAGAIN) {
 				/* EMFILE and the like: a FORK event stays queued until there is room for its fd. */
 				notify(&(struct sn_notice){
-					.kind = SN_NOTICE_TROUBLE, .session = session, .cause = errno});
+					.kind = SN_NOTICE_TROUBLE, .session = session->id, .cause = errno});
 				pthread_rwlock_unlock(&session->lock);
 				usleep(10000);
 				return true;
@@ -142,7 +142,7 @@ static void give_page(struct sn_session *session, uint64_t index, const void *pa
 		if (result == UFFD_GONE)
 			session_gone(session);
 		if (result == UFFD_DONE && lost)
-			notify(&(struct sn_notice){.kind = SN_NOTICE_BAD_FRAME, .session = session, .address = address,
+			notify(&(struct sn_notice){.kind = SN_NOTICE_BAD_FRAME, .session = session->id, .address = address,
 						   .cause = -ESRCH});
 		if (result != UFFD_AGAIN && result != UFFD_NO_MEMORY)
 			return;
@@ -200,7 +200,7 @@ void *reader_main(void *arg)
 	bool ahead = false;
 
 	if (!pending || !prefetch || filler_init(&filler)) {
-		notify(&(struct sn_notice){.kind = SN_NOTICE_TROUBLE, .session = session, .cause = ENOMEM});
+		notify(&(struct sn_notice){.kind = SN_NOTICE_TROUBLE, .session = session->id, .cause = ENOMEM});
 		prefetch_destroy(prefetch);
 		free(pending);
 		return NULL;

@@ -23,6 +23,8 @@ static struct {
 	int fd;
 } notices = {.lock = PTHREAD_MUTEX_INITIALIZER, .fd = -1};
 
+static _Atomic uint64_t next_id = 1;
+
 uint64_t now_ns(void)
 {
 	struct timespec time;
@@ -96,6 +98,7 @@ struct sn_session *session_new(const struct sn_target *target, struct sn_store *
 		free(session);
 		return NULL;
 	}
+	session->id = atomic_fetch_add(&next_id, 1);
 	atomic_store(&session->pid, target->pid);
 	session->uffd = target->uffd;
 	session->agent_sock = target->agent_sock;
@@ -195,7 +198,7 @@ void sn_session_close(struct sn_session *session)
 void session_gone(struct sn_session *session)
 {
 	if (!atomic_exchange(&session->gone, true))
-		notify(&(struct sn_notice){.kind = SN_NOTICE_GONE, .session = session});
+		notify(&(struct sn_notice){.kind = SN_NOTICE_GONE, .session = session->id});
 }
 
 /* For the reader inside a FORK event, with the lock held: the parent runs on only after this. The child gets the
@@ -243,7 +246,7 @@ int session_fork(struct sn_session *session, int uffd)
 		session_free(child);
 		return error;
 	}
-	notify(&(struct sn_notice){.kind = SN_NOTICE_CHILD, .session = session, .child = child});
+	notify(&(struct sn_notice){.kind = SN_NOTICE_CHILD, .session = session->id, .child = child});
 	return 0;
 }
 
@@ -253,6 +256,11 @@ void entry_put(struct sn_session *session, uint64_t index, uint64_t entry)
 
 	if (entry_has_frame(old) && (old & ENTRY_FRAME_MASK) != (entry & ENTRY_FRAME_MASK))
 		store_unhold_entry(session->store, old);
+}
+
+uint64_t sn_session_id(struct sn_session *session)
+{
+	return session->id;
 }
 
 int sn_session_pid(struct sn_session *session)
