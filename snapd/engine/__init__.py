@@ -363,6 +363,39 @@ class Session:
         lib.sn_page_map_trim(self.handle)
 
 
+class Model:
+    """A session without a target, for tests: the real page map under synthetic events."""
+
+    REMAP, REMOVE, UNMAP = 0x14, 0x15, 0x16
+
+    def __init__(self, store: Store) -> None:
+        """Make one; its userfaultfd is an eventfd that never becomes readable."""
+        self.session = Session.create(
+            store, pid=0, uffd=os.eventfd(0), page_map=page_map_create(), agent_sock=-1, sentinel=0, tids=(0, 0)
+        )
+
+    def add(self, start: int, npages: int, entry: int) -> None:
+        """Give pages entries: `entry`, counted up in the frame offset."""
+        check(lib.sn_model_add(self.session.handle, start, npages, entry))
+
+    def event(self, event: int, a: int, b: int, c: int = 0) -> None:
+        """Apply an event as if it had been read: REMAP(from, to, length), REMOVE(start, end), UNMAP(start, end)."""
+        lib.sn_model_event(self.session.handle, event, a, b, c)
+
+    def owe(self, start: int, end: int) -> None:
+        """Expect an UNMAP that must not hit live records."""
+        lib.sn_model_owe(self.session.handle, start, end)
+
+    def stand(self) -> None:
+        """Come to a full stop: nothing is owed any more."""
+        lib.sn_model_stand(self.session.handle)
+
+    def entry(self, address: int) -> int | None:
+        """Return the entry of an address, None when no record holds it."""
+        entry = int(lib.sn_model_entry(self.session.handle, address))
+        return None if entry == (1 << 64) - 1 else entry
+
+
 class Piece:
     """Intervals on their way to the store together: move, pack, wait, drop. Close it at the end."""
 

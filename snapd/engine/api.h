@@ -132,6 +132,14 @@ int sn_release(struct sn_session *session, uint64_t start, uint64_t end);
 int sn_agent_call(struct sn_session *session, void *message);
 void sn_page_map_trim(struct sn_session *session);
 
+/* Doors for tests, see model.c: pages with entries counted up in the frame offset, events as if they had been read (the
+ * kernel's numbers), an UNMAP that is owed, a full stop, and the entry of an address (all ones: no record). */
+int sn_model_add(struct sn_session *session, uint64_t start, uint64_t npages, uint64_t entry);
+void sn_model_event(struct sn_session *session, int event, uint64_t a, uint64_t b, uint64_t c);
+void sn_model_owe(struct sn_session *session, uint64_t start, uint64_t end);
+void sn_model_stand(struct sn_session *session);
+uint64_t sn_model_entry(struct sn_session *session, uint64_t address);
+
 /* Raw limits for benchmarks, measured without a session; MB/s and us are computed by the caller. */
 int sn_bench_codec(const unsigned char *pages, uint64_t npages, int level, int nthreads, uint64_t *ret_compress_ns,
 		   uint64_t *ret_decompress_ns, uint64_t *ret_bytes);
