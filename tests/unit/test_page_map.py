@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from snapd import engine
 from snapd.pages import PAGE
@@ -123,22 +123,21 @@ class PageMapMachine(RuleBasedStateMachine):
         if not unmap_later:
             self.read_late()
 
-    @precondition(lambda self: self.late)
-    @rule(data=st.data(), length=lengths, source=pages)
-    def remap_into_hole(self, data: st.DataObject, length: int, source: int) -> None:
-        """Another thread's REMAP onto a hole is read before the hole's UNMAP."""
-        start, end = data.draw(st.sampled_from(self.late))
-        length = min(length, end - start)
-        if source + length > SPACE or self._busy_late(source, length) or not self._free(start, length):
+    @rule(first=pages, second=pages, length=lengths, own_first=st.booleans())
+    def remap_into_hole(self, first: int, second: int, length: int, own_first: bool) -> None:
+        """One thread moves away, another moves into the hole: its REMAP is read before the hole's UNMAP."""
+        self.read_late()
+        room = next((page for page in range(SPACE - length) if self._free(page, length)), None)
+        if room is None or abs(first - second) < length or max(first, second) + length > SPACE:
             return
-        if not any(source + i in self.memory for i in range(length)):
+        if any(abs(room - page) < length for page in (first, second)):
             return
-        if source < start + length and start < source + length:
-            return
-        self.model.event(engine.Model.REMAP, BASE + source * PAGE, BASE + start * PAGE, length * PAGE)
-        moved = {i: self.memory.pop(source + i) for i in range(length) if source + i in self.memory}
-        self.memory.update({start + i: value for i, value in moved.items()})
-        self.model.event(engine.Model.UNMAP, BASE + source * PAGE, BASE + (source + length) * PAGE)
+        for source, goal in ((first, room), (second, first)):
+            self.model.event(engine.Model.REMAP, BASE + source * PAGE, BASE + goal * PAGE, length * PAGE)
+            moved = {i: self.memory.pop(source + i) for i in range(length) if source + i in self.memory}
+            self.memory.update({goal + i: value for i, value in moved.items()})
+        for page in (first, second) if own_first else (second, first):
+            self.model.event(engine.Model.UNMAP, BASE + page * PAGE, BASE + (page + length) * PAGE)
 
     @rule(goal=pages, source=pages, length=lengths)
     def remap_onto_live(self, goal: int, source: int, length: int) -> None:
