@@ -356,7 +356,11 @@ static void execute(struct agent *agent, struct snapd_wire *m, int fds[NFDS])
 		close_fd(&agent->page_map);
 		agent->store = fds[0];
 		agent->page_map = fds[1];
-		fds[0] = fds[1] = -1;
+		if (fds[2] >= 0) { /* a forked child: its userfaultfd came to the daemon by the fork's event */
+			close_fd(&agent->uffd);
+			agent->uffd = fds[2];
+		}
+		fds[0] = fds[1] = fds[2] = -1;
 		break;
 	case SNAPD_STAGE:
 		ret = stage(m, &m->value);
@@ -469,6 +473,8 @@ static int say_hello(struct agent *agent, int sock)
 	hello.nruns = 3;
 	if (__atomic_load_n(&agent->busy, __ATOMIC_SEQ_CST))
 		hello.flags |= SNAPD_HELLO_BUSY;
+	if (agent->delay_ms)
+		hello.flags |= SNAPD_HELLO_FORKED;
 	if (agent->uffd >= 0 && agent->store >= 0 && agent->page_map >= 0) {
 		hello.flags |= SNAPD_HELLO_SESSION;
 		nfds = NFDS;
@@ -512,6 +518,8 @@ void agent_main(void *arg)
 	agent->mover_tid = (int)raw_thread(CLONE_VM | CLONE_FILES | CLONE_FS | CLONE_SIGHAND | CLONE_THREAD |
 						   CLONE_SYSVSEM,
 					   mover_stack, 0, mover_main, agent);
+	if (agent->delay_ms)
+		pause_us(agent->delay_ms * 1000UL);
 	while (agent->mover_tid > 0 && !__atomic_load_n(&agent->leaving, __ATOMIC_SEQ_CST)) {
 		int sock = agent_connect(agent->path);
 

@@ -23,6 +23,7 @@ struct agent {
 	unsigned int busy;                        /* the mover is inside a command */
 	unsigned int leaving;                     /* futex: 1 when the agent has let go */
 	unsigned int fork_wait;                   /* pages are out and a fork must ask first */
+	unsigned int delay_ms;                    /* before a child's first connection: most children end sooner */
 	int last_status;
 };
 

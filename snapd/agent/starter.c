@@ -23,7 +23,13 @@ extern int __register_atfork(void (*prepare)(void), void (*parent)(void), void (
 extern char __bss_start[] __attribute__((visibility("hidden")));
 extern char _end[] __attribute__((visibility("hidden")));
 
+#define ENV_NO_FOLLOW "SNAPD_NO_FOLLOW_FORKS="
+#define CHILD_DELAY_MS 30
+
 static struct agent *running;
+static unsigned long sentinel_page;
+static char daemon_path[AGENT_PATH_BYTES];
+static int follow_forks = 1;
 static int handlers_registered;
 
 /* Asks the daemon for kind and waits for its answer; while no daemon answers, waits for one. Returns the connection, or
@@ -81,11 +87,19 @@ static void in_parent(void)
 		end_fork();
 }
 
+static int start(const char *path, unsigned long sentinel, unsigned int delay_ms);
+
+/* The region is DONTFORK and its threads stay with the parent: a child that may be dumped itself starts anew. The
+ * sentinel is inherited: the daemon knows the child's session by it. */
 static void in_child(void)
 {
 	if (forking.owner)
 		end_fork();
-	running = 0; /* the region is DONTFORK, its threads stay with the parent */
+	if (!running)
+		return;
+	running = 0;
+	if (follow_forks)
+		start(daemon_path, sentinel_page, CHILD_DELAY_MS);
 }
 
 /* The sentinel has neighbours without access, so that no other mapping merges with it. */
@@ -100,7 +114,7 @@ static long map_sentinel(void)
 	return at + (long)SNAPD_PAGE;
 }
 
-static struct agent *map_region(const char *path)
+static struct agent *map_region(const char *path, unsigned long inherited)
 {
 	long at = raw6(__NR_mmap, 0, REGION_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	struct agent *agent = (struct agent *)at;
@@ -109,7 +123,7 @@ static struct agent *map_region(const char *path)
 	if (at < 0 && at > -4096)
 		return 0;
 	raw3(__NR_madvise, at, REGION_BYTES, SNAPD_MADV_DONTFORK);
-	sentinel = map_sentinel();
+	sentinel = inherited ? (long)inherited : map_sentinel();
 	for (unsigned int i = 0; path[i] && i < AGENT_PATH_BYTES - 1; i++)
 		agent->path[i] = path[i];
 	agent->region = (unsigned long)at;
@@ -121,23 +135,16 @@ static struct agent *map_region(const char *path)
 	return agent->sentinel ? agent : 0;
 }
 
-EXPORT int snapd_cooperate(const char *socket_path)
+static int start(const char *path, unsigned long sentinel, unsigned int delay_ms)
 {
 	unsigned long all = ~0UL, before = 0;
-	struct agent *agent;
+	struct agent *agent = map_region(path, sentinel);
 	long tid;
 
-	if (running)
-		return -EALREADY;
-	if (!socket_path || !socket_path[0])
-		return -EINVAL;
-	agent = map_region(socket_path);
 	if (!agent)
 		return -ENOMEM;
-	if (!handlers_registered && __register_atfork) {
-		__register_atfork(before_fork, in_parent, in_child, 0);
-		handlers_registered = 1;
-	}
+	agent->delay_ms = delay_ms;
+	sentinel_page = agent->sentinel;
 	running = agent;
 	raw4(__NR_rt_sigprocmask, 2 /* SIG_SETMASK */, &all, &before, 8);
 	tid = raw_thread(CLONE_VM | CLONE_FILES | CLONE_SIGHAND | CLONE_THREAD | CLONE_SYSVSEM,
@@ -145,11 +152,30 @@ EXPORT int snapd_cooperate(const char *socket_path)
 	raw4(__NR_rt_sigprocmask, 2, &before, 0, 8);
 	if (tid < 0) {
 		running = 0;
-		raw2(__NR_munmap, agent->sentinel - SNAPD_PAGE, 3 * SNAPD_PAGE);
+		if (!sentinel)
+			raw2(__NR_munmap, agent->sentinel - SNAPD_PAGE, 3 * SNAPD_PAGE);
 		raw2(__NR_munmap, agent, REGION_BYTES);
 		return (int)tid;
 	}
 	return 0;
+}
+
+EXPORT int snapd_cooperate(const char *socket_path)
+{
+	if (running)
+		return -EALREADY;
+	if (!socket_path || !socket_path[0])
+		return -EINVAL;
+	if (!handlers_registered && __register_atfork) {
+		__register_atfork(before_fork, in_parent, in_child, 0);
+		handlers_registered = 1;
+	}
+	for (unsigned int i = 0; i < AGENT_PATH_BYTES - 1; i++) {
+		daemon_path[i] = socket_path[i];
+		if (!socket_path[i])
+			break;
+	}
+	return start(daemon_path, 0, 0);
 }
 
 EXPORT int snapd_leave(void)
@@ -172,18 +198,26 @@ EXPORT int snapd_leave(void)
 	return 0;
 }
 
-__attribute__((constructor)) static void start_when_preloaded(int argc, char **argv, char **env)
+static const char *value_of(char **env, const char *name)
 {
-	static const char name[] = ENV_SOCKET;
-
-	(void)argc;
-	(void)argv;
 	for (; env && *env; env++) {
 		unsigned int i = 0;
 
 		while (name[i] && (*env)[i] == name[i])
 			i++;
 		if (!name[i])
-			snapd_cooperate(*env + i);
+			return *env + i;
 	}
+	return 0;
+}
+
+__attribute__((constructor)) static void start_when_preloaded(int argc, char **argv, char **env)
+{
+	const char *path = value_of(env, ENV_SOCKET);
+
+	(void)argc;
+	(void)argv;
+	follow_forks = !value_of(env, ENV_NO_FOLLOW);
+	if (path)
+		snapd_cooperate(path);
 }

@@ -31,6 +31,7 @@ enum snapd_wire_kind {
 
 #define SNAPD_HELLO_BUSY 1u      /* the mover is inside a command of the former daemon */
 #define SNAPD_HELLO_SESSION 2u   /* fds of a live session come along: userfaultfd, store, page map */
+#define SNAPD_HELLO_FORKED 4u    /* started by the fork handler: this memory may have a session already */
 #define SNAPD_REPLY_MORE 1u      /* runs did not fit: repeat the command, what is done stays done */
 #define SNAPD_FLAG_FORK_WAIT 1u  /* fork handler must ask before it forks */
 

@@ -24,14 +24,22 @@ from snapd.errors import CommandNotExecutable, CommandNotFound, printable
     context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
 )
 @click.argument("arguments", metavar="-- CMD [ARG]...", nargs=-1, required=True, type=click.UNPROCESSED)
+@click.option(
+    "--no-follow-forks",
+    is_flag=True,
+    help="Start no agent in forked children: their pages are served, but they can't be dumped themselves.",
+)
 @options.runtime_dir
-def command(arguments: tuple[str, ...], runtime_dir: Path) -> None:
+def command(arguments: tuple[str, ...], no_follow_forks: bool, runtime_dir: Path) -> None:
     """Run CMD as a process whose heap the daemon can manage.
 
     CMD runs as it would without snapd while there is no daemon, and joins when one comes up. Exit status:
     CMD's own, 127 when it is not found, 126 when it cannot be executed.
     """
-    execute(arguments, _environment(runtime_dir, arguments[0]))
+    environ = _environment(runtime_dir, arguments[0])
+    if no_follow_forks:
+        environ["SNAPD_NO_FOLLOW_FORKS"] = "1"
+    execute(arguments, environ)
 
 
 def _environment(runtime_dir: Path, cmd: str) -> dict[str, str]:

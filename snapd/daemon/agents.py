@@ -163,6 +163,26 @@ def _close_quietly(fd: int) -> None:
     os.close(fd)
 
 
+async def bind_child(session: Session, sock: AgentSocket, hello: Message, peer: Peer) -> None:
+    """Give a forked child's session the agent that the child has started; raises as `make_session`."""
+    tids = procfs.thread_of(peer.pid, hello.length), procfs.thread_of(peer.pid, hello.dest)
+    if not all(tids):
+        raise TargetGone(peer.pid)
+    pidfd = sock.pidfd(peer.pid)
+    try:
+        await _hold(sock, *session.native.descriptors())
+    except BaseException:
+        os.close(pidfd)
+        raise
+    agent_sock = sock.into_blocking()
+    session.own = _own_ranges(hello)
+    session.pid, session.uid, session.pidfd = peer.pid, peer.uid, pidfd
+    session.native.set_pid(peer.pid)
+    session.native.bind(agent_sock, tids)
+    session.listen_to(agent_sock)
+    _prefer(tids[1])
+
+
 def _own_ranges(hello: Message) -> tuple[Range, ...]:
     return tuple(Range.around(start, length) for start, length in hello.runs if length)
 
@@ -208,11 +228,14 @@ def _enable(uffd: int) -> bool:
     return False
 
 
-async def _hold(sock: AgentSocket, store_fd: int, page_map: int) -> None:
-    """Let the agent keep the session's files, read-only: the last close must never be ours alone."""
+async def _hold(sock: AgentSocket, store_fd: int, page_map: int, *uffd: int) -> None:
+    """Let the agent keep the session's files, read-only: the last close must never be ours alone.
+
+    A forked child's agent also gets the userfaultfd that the fork's event brought.
+    """
     copies = [os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC) for fd in (store_fd, page_map)]
     try:
-        await sock.send(Message(Kind.HOLD), copies)
+        await sock.send(Message(Kind.HOLD), [*copies, *uffd])
     finally:
         for fd in copies:
             os.close(fd)

@@ -29,7 +29,7 @@ from snapd.errors import (
     SnapdError,
     TargetGone,
 )
-from snapd.protocol.agent import Kind, Message
+from snapd.protocol.agent import HELLO_FORKED, Kind, Message
 from snapd.protocol.reports import DaemonInfo, DumpProgress, DumpReport, RestoreReport, StatusReport
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ FRAME_ERRORS: Final = {
     4: "it can't be read",
     5: "its entry makes no sense",
 }
+CHILD_WAIT_S: Final = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 RETRY_SHUTDOWN_S: Final = 1.0
 PROGRESS_INTERVAL_S: Final = 0.05
 CHILD_PID_DELAYS_S: Final = (0.0, 0.05, 0.2, 0.5, 1.0, 2.0, 4.0)
@@ -165,6 +166,15 @@ class Manager:
     async def _hello(self, sock: AgentSocket, hello: Message, peer: Peer) -> None:
         if self.closing:
             return  # the next daemon will have it
+        if hello.flags & HELLO_FORKED and (child := await self._child_of(peer.pid)):
+            await agents.bind_child(child, sock, hello, peer)
+            log.info(
+                "pid %d (%s): attached, forked from %d",
+                child.pid,
+                child.comm(),
+                child.parent.pid if child.parent else 0,
+            )
+            return
         old = self._find(peer.pid)
         if old is not None:
             # The program has been replaced by exec, and its new agent was quicker than the end of the old connection.
@@ -185,6 +195,17 @@ class Manager:
             raise
         log.info("pid %d (%s): attached", session.pid, session.comm())
         self._add(session)
+
+    async def _child_of(self, pid: int) -> Session | None:
+        """Return the session that a fork made for this process, which has no agent yet; waits until it is found."""
+        for delay_s in CHILD_WAIT_S:
+            known = self._find(pid)
+            if known is not None:
+                return None if known.has_agent or not known.native.alive() else known
+            if all(one.pid for one in self._sessions.values()):
+                return None  # the fork raised no event
+            await trio.sleep(delay_s)
+        return None
 
     def _add(self, session: Session) -> None:
         self._sessions[session.native.key] = session

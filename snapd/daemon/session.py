@@ -88,12 +88,16 @@ class Session:
         self.gone = trio.Event()
         self.operation = trio.Lock()
         self.looking = trio.Lock()  # held by whoever reads figures beside an operation, and for the end
-        self.has_agent = agent_sock >= 0
-        self._hangup: select.epoll | None = None
-        if self.has_agent:
-            self._hangup = select.epoll()
-            # Replies during a dump are the engine's: only the end of the connection is of interest here.
-            self._hangup.register(agent_sock, select.EPOLLRDHUP)
+        self.has_agent = False
+        # Replies during a dump are the engine's: only the end of the connection is of interest here.
+        self._hangup = select.epoll()
+        if agent_sock >= 0:
+            self.listen_to(agent_sock)
+
+    def listen_to(self, agent_sock: int) -> None:
+        """Notice when the agent's connection ends."""
+        self._hangup.register(agent_sock, select.EPOLLRDHUP)
+        self.has_agent = True
 
     def become(self, state: State) -> None:
         """Change the state; RuntimeError for a change that the table does not have."""
@@ -128,8 +132,7 @@ class Session:
 
             if self.pidfd >= 0:
                 nursery.start_soon(wait, self.pidfd)
-            if self._hangup is not None:
-                nursery.start_soon(wait, self._hangup.fileno())
+            nursery.start_soon(wait, self._hangup.fileno())
             await self.gone.wait()
             nursery.cancel_scope.cancel()
 
@@ -265,8 +268,7 @@ class Session:
         self.native.close()
         if self.store is not None:
             self.store.release()
-        if self._hangup is not None:
-            self._hangup.close()
+        self._hangup.close()
         if self.pidfd >= 0:
             os.close(self.pidfd)
 

@@ -299,6 +299,16 @@ class Session:
         """Name the process, once it is known."""
         lib.sn_session_set_pid(self.handle, pid)
 
+    def descriptors(self) -> tuple[int, int, int]:
+        """Return the store, the page map and the userfaultfd; they stay the engine's."""
+        calls = (lib.sn_session_store_fd, lib.sn_session_page_map, lib.sn_session_uffd)
+        store, page_map, uffd = (int(call(self.handle)) for call in calls)
+        return store, page_map, uffd
+
+    def bind(self, agent_sock: int, tids: tuple[int, int]) -> None:
+        """Give a forked child's session its own agent; takes the connection over."""
+        lib.sn_session_bind(self.handle, agent_sock, tids)
+
     def alive(self) -> bool:
         """Whether the address space still exists."""
         return bool(lib.sn_session_alive(self.handle))

@@ -85,6 +85,10 @@ void sn_session_close(struct sn_session *session);
 uint64_t sn_session_id(struct sn_session *session); /* never given out twice */
 int sn_session_pid(struct sn_session *session);
 void sn_session_set_pid(struct sn_session *session, int pid);
+/* Gives a forked child's session the agent that the child has started; takes the connection over. */
+void sn_session_bind(struct sn_session *session, int agent_sock, const int *tids);
+int sn_session_page_map(struct sn_session *session);
+int sn_session_store_fd(struct sn_session *session);
 int sn_session_uffd(struct sn_session *session);
 struct sn_store *sn_session_store(struct sn_session *session);
 void sn_session_stats(struct sn_session *session, struct sn_stats *ret);

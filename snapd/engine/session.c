@@ -274,6 +274,27 @@ void sn_session_set_pid(struct sn_session *session, int pid)
 	session->pm.header->pid = pid;
 }
 
+void sn_session_bind(struct sn_session *session, int agent_sock, const int *tids)
+{
+	pthread_mutex_lock(&session->mover);
+	if (session->agent_sock >= 0)
+		close(session->agent_sock);
+	session->agent_tids[0] = tids[0];
+	session->agent_tids[1] = tids[1];
+	session->agent_sock = agent_sock;
+	pthread_mutex_unlock(&session->mover);
+}
+
+int sn_session_page_map(struct sn_session *session)
+{
+	return session->pm.fd;
+}
+
+int sn_session_store_fd(struct sn_session *session)
+{
+	return session->store->fd;
+}
+
 int sn_session_uffd(struct sn_session *session)
 {
 	return session->uffd;

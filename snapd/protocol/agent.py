@@ -43,6 +43,7 @@ class Kind(enum.IntEnum):
 
 HELLO_BUSY: Final = 1
 HELLO_SESSION: Final = 2
+HELLO_FORKED: Final = 4
 REPLY_MORE: Final = 1
 FLAG_FORK_WAIT: Final = 1
 
