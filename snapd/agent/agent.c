@@ -225,25 +225,15 @@ static void pause_us(unsigned long us)
 	raw2(__NR_nanosleep, &time, 0);
 }
 
-/* In slices of length bytes with a breath of value us between them: munmap of 4 KiB pages holds the mmap lock for
- * 60-85 us a MiB, and back to back it would starve the program's own mmap callers. */
 static long unmap(const struct snapd_wire *m)
 {
 	long first = 0;
 
 	for (unsigned int i = 0; i < m->nruns && i < SNAPD_WIRE_RUNS; i++) {
-		__u64 at = m->runs[i].start, end = at + m->runs[i].length;
+		long ret = raw2(__NR_munmap, m->runs[i].start, m->runs[i].length);
 
-		while (at < end) {
-			__u64 slice = m->length && m->length < end - at ? m->length : end - at;
-			long ret = raw2(__NR_munmap, at, slice);
-
-			if (ret < 0 && !first)
-				first = ret;
-			at += slice;
-			if (m->value && at < end)
-				pause_us(m->value);
-		}
+		if (ret < 0 && !first)
+			first = ret;
 	}
 	return first;
 }

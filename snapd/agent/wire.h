@@ -20,7 +20,7 @@ enum snapd_wire_kind {
 	SNAPD_GUARD = 6,      /* install guards on the runs */
 	SNAPD_PIN = 7,        /* pairs of runs: UFFDIO_MOVE the first (aside) to the second (staging); pinned runs come back */
 	SNAPD_BACK = 8,       /* return addr to dest: DOFORK, then mremap(FIXED) */
-	SNAPD_UNMAP = 9,      /* munmap the runs, length bytes at a time, value us apart */
+	SNAPD_UNMAP = 9,      /* munmap the runs */
 	SNAPD_ADVISE = 10,    /* madvise(value) on the runs */
 	SNAPD_PING = 11,      /* no work: the reply's value is the status of the last command */
 	SNAPD_LEAVE = 12,     /* give up the session: close what is held, end the agent's threads */

@@ -32,7 +32,6 @@ log = logging.getLogger(__name__)
 
 DEVICE: Final = "/dev/userfaultfd"
 HANDSHAKE_S: Final = 10.0
-MOVER_NICE: Final = -10
 _SO_PEERPIDFD: Final = 77
 _UCRED: Final = struct.Struct("iII")
 
@@ -156,7 +155,7 @@ async def make_session(sock: AgentSocket, hello: Message, peer: Peer, state_dir:
 def _prefer(mover_tid: int) -> None:
     """The target stands while its mover works: nobody else's thread should run before it."""
     with suppress(PermissionError, ProcessLookupError):
-        os.setpriority(os.PRIO_PROCESS, mover_tid, MOVER_NICE)
+        os.sched_setscheduler(mover_tid, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(1))
 
 
 def _close_quietly(fd: int) -> None:

@@ -296,7 +296,7 @@ void *filler_main(void *arg)
 		notify(&(struct sn_notice){.kind = SN_NOTICE_TROUBLE, .session = session->id, .cause = ENOMEM});
 		return NULL;
 	}
-	prefer_thread(-10);
+	prefer_thread();
 	while (take(session, &fault)) {
 		enum fill_result result = fill_page(session, &filler, fault.address, fault.write, false);
 

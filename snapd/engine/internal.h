@@ -226,7 +226,7 @@ struct sn_session {
 
 /* session.c */
 uint64_t now_ns(void);
-void prefer_thread(int nice); /* best effort: a plain user may not raise itself */
+void prefer_thread(void); /* best effort: a plain user may not raise itself */
 void notify(const struct sn_notice *notice);
 struct sn_session *session_new(const struct sn_target *target, struct sn_store *store, struct sn_session *parent,
 			       int *ret_error);
@@ -306,8 +306,7 @@ void stop_end(struct stop *stop);
 
 /* mover.c: commands of the agent; for whoever holds session->mover */
 int mover_call(struct sn_session *session, struct snapd_wire *message);
-int mover_unmap(struct sn_session *session, const struct snapd_run *runs, unsigned int nruns, uint64_t slice,
-		unsigned int breath_us);
+int mover_unmap(struct sn_session *session, const struct snapd_run *runs, unsigned int nruns);
 
 /* pack.c */
 int pack_start(int nthreads);

@@ -643,7 +643,7 @@ static void move_piece(struct sn_piece *piece, struct sn_piece_report *ret)
 	if (!piece->nsegments && piece->staging) {
 		struct snapd_run staging = {piece->staging, piece->staging_bytes};
 
-		mover_unmap(session, &staging, 1, 0, 0);
+		mover_unmap(session, &staging, 1);
 		piece->staging = 0;
 	}
 	close_files(&files);
@@ -658,7 +658,7 @@ static void *move_main(void *arg)
 {
 	struct move_job *job = arg;
 
-	prefer_thread(-10);
+	prefer_thread();
 	move_piece(job->piece, job->ret);
 	return NULL;
 }

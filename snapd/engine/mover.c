@@ -35,10 +35,9 @@ int mover_call(struct sn_session *session, struct snapd_wire *message)
 }
 
 /* The unmap's event may be read after somebody's REMAP onto the same addresses: it is owed before it can come. */
-int mover_unmap(struct sn_session *session, const struct snapd_run *runs, unsigned int nruns, uint64_t slice,
-		unsigned int breath_us)
+int mover_unmap(struct sn_session *session, const struct snapd_run *runs, unsigned int nruns)
 {
-	struct snapd_wire message = {.kind = SNAPD_UNMAP, .length = slice, .value = breath_us, .nruns = nruns};
+	struct snapd_wire message = {.kind = SNAPD_UNMAP, .nruns = nruns};
 	struct table *table;
 
 	memcpy(message.runs, runs, nruns * sizeof(runs[0]));

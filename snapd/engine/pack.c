@@ -10,6 +10,7 @@
 #include <linux/futex.h>
 #include <stdlib.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -170,7 +171,7 @@ static void *pack_main(void *unused)
 	struct batch batch = {.n = 0};
 
 	(void)unused;
-	prefer_thread(10);
+	setpriority(PRIO_PROCESS, (id_t)syscall(SYS_gettid), 10);
 	batch.pages = mmap(NULL, BATCH_PAGES * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	batch.frames = mmap(NULL, BATCH_PAGES * FRAME_MAX + PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	if (!packer || batch.pages == MAP_FAILED || batch.frames == MAP_FAILED) {

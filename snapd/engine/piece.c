@@ -173,9 +173,19 @@ int sn_piece_drop(struct sn_piece *piece, uint64_t slice, unsigned int breath_us
 		if (span->aside && !span->keep_aside)
 			runs[nruns++] = (struct snapd_run){span->aside, span_bytes(span)};
 	}
-	pthread_mutex_lock(&session->mover);
-	error = mover_unmap(session, runs, nruns, slice, breath_us);
-	pthread_mutex_unlock(&session->mover);
+	for (unsigned int i = 0; i < nruns; i++)
+		for (uint64_t at = 0; at < runs[i].length && !error; at += slice) {
+			struct snapd_run run = {runs[i].start + at, min_u64(slice, runs[i].length - at)};
+
+			/* Until the mover has run after its event every COPY into the target says EAGAIN: make room for it. */
+			pthread_mutex_lock(&session->mover);
+			pack_pause();
+			error = mover_unmap(session, &run, 1);
+			pack_continue();
+			pthread_mutex_unlock(&session->mover);
+			if (i == 0)
+				usleep(breath_us);
+		}
 	if (!error)
 		piece->staging = 0;
 	return error;

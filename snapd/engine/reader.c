@@ -205,7 +205,7 @@ void *reader_main(void *arg)
 		free(pending);
 		return NULL;
 	}
-	prefer_thread(-10);
+	prefer_thread();
 	if (session->parent)
 		copy_aside_of_parent(session, pending);
 	while (!atomic_load(&session->stopping)) {

@@ -5,6 +5,7 @@
 #include "internal.h"
 
 #include <errno.h>
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/eventfd.h>
@@ -33,9 +34,14 @@ uint64_t now_ns(void)
 	return (uint64_t)time.tv_sec * 1000000000ULL + (uint64_t)time.tv_nsec;
 }
 
-void prefer_thread(int nice)
+/* A target stands or waits while these threads work. A nice value alone does not help where each login session is a
+ * scheduling group of its own. */
+void prefer_thread(void)
 {
-	setpriority(PRIO_PROCESS, (id_t)syscall(SYS_gettid), nice);
+	struct sched_param param = {.sched_priority = 1};
+
+	if (sched_setscheduler(0, SCHED_FIFO | SCHED_RESET_ON_FORK, &param))
+		setpriority(PRIO_PROCESS, (id_t)syscall(SYS_gettid), -10);
 }
 
 int sn_notice_fd(void)

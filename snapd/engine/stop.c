@@ -296,7 +296,7 @@ static void *survey_main(void *arg)
 	struct survey_job *job = arg;
 	uint64_t began = now_ns();
 
-	prefer_thread(-10);
+	prefer_thread();
 	job->outcome = stop_begin(job->stop, atomic_load(&job->session->pid), job->session->agent_tids);
 	for (int i = 0; i < job->stop->nthreads && job->n < job->capacity; i++) {
 		const struct thread *thread = &job->stop->threads[i];

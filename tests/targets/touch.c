@@ -1,7 +1,8 @@
 /* A warm heap with content as compressible as that of real programs, and what a program feels when it uses it: how long
- * each touch takes, how late the operations of a paced load are, what fresh memory costs. For measurements: a touch is one
- * load, checked by the page's first word, which no other page has; `sum` verifies every byte. Expectations and samples
- * are in shared memory. Commands are lines on stdin; each reply is one JSON line, and a wrong byte is exit status 1.
+ * each touch takes, how late the operations of a paced load are, what fresh memory costs. For measurements: a touch is
+ * one load, checked by the page's first word, which no other page has; `sum` verifies every byte. Expectations and
+ * samples are in shared memory. Commands are lines on stdin; each reply is one JSON line, and a wrong byte is exit
+ * status 1.
  *
  *   touch [--mib 512] [--seed 1]
  *
@@ -10,8 +11,8 @@
  *   sequential         reads every page in order of addresses
  *   load THREADS RATE  from now on THREADS threads verify and rewrite random pages, RATE a second in all; 0 ends them
  *   stalls             of the load since the last "stalls": how late operations were done; "histogram" by powers of two
- *   fresh PAGES HOLE   first writes to fresh pages in a mapping of its own: PAGES in a row, or with HOLE in holes of HOLE
- *                      pages between present ones
+ *   fresh PAGES HOLE   first writes to PAGES fresh pages in a mapping of its own: in a row, or with HOLE in holes of
+ *                      HOLE pages between present ones
  *   sum, where, quit   verifies every page; address and size of the heap; as does the end of input
  *
  * The first three reply with "pages", "total_ns" and percentiles of the single touches. */
