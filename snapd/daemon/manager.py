@@ -51,7 +51,8 @@ FRAME_ERRORS: Final = {
     4: "it can't be read",
     5: "its entry makes no sense",
 }
-CHILD_WAIT_S: Final = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+CHILD_WAIT_S: Final = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
+CHILD_NOTICE_TRIES: Final = 3
 RETRY_SHUTDOWN_S: Final = 1.0
 PROGRESS_INTERVAL_S: Final = 0.05
 CHILD_PID_DELAYS_S: Final = (0.0, 0.05, 0.2, 0.5, 1.0, 2.0, 4.0)
@@ -198,14 +199,15 @@ class Manager:
 
     async def _child_of(self, pid: int) -> Session | None:
         """Return the session that a fork made for this process, which has no agent yet; waits until it is found."""
-        for delay_s in CHILD_WAIT_S:
+        for attempt, delay_s in enumerate(CHILD_WAIT_S):
             known = self._find(pid)
             if known is not None:
                 return None if known.has_agent or not known.native.alive() else known
-            if all(one.pid for one in self._sessions.values()):
+            # The engine's notice of the fork may not have been taken yet.
+            if attempt >= CHILD_NOTICE_TRIES and all(one.pid for one in self._sessions.values()):
                 return None  # the fork raised no event
             await trio.sleep(delay_s)
-        return None
+        return self._find(pid)
 
     def _add(self, session: Session) -> None:
         self._sessions[session.native.key] = session

@@ -196,7 +196,7 @@ struct sn_session {
 	int uffd, agent_sock, wake_fd;
 	int agent_tids[2];
 	uint64_t sentinel;
-	struct sn_session *parent; /* of a forked child until its aside pages are copied; else NULL */
+	struct sn_session *source; /* whose staging a forked child's pages are in, until they are copied; else NULL */
 	struct sn_store *store;
 	struct page_map pm;
 
@@ -228,7 +228,7 @@ struct sn_session {
 uint64_t now_ns(void);
 void prefer_thread(void); /* best effort: a plain user may not raise itself */
 void notify(const struct sn_notice *notice);
-struct sn_session *session_new(const struct sn_target *target, struct sn_store *store, struct sn_session *parent,
+struct sn_session *session_new(const struct sn_target *target, struct sn_store *store, struct sn_session *source,
 			       int *ret_error);
 struct stop *session_stop(struct sn_session *session);
 int session_start(struct sn_session *session);

@@ -153,11 +153,11 @@ static void give_page(struct sn_session *session, uint64_t index, const void *pa
 
 /* A fork in the middle of a dump: pages that are aside in the parent come to the child before any answer to its
  * faults. A parent that is killed meanwhile takes them along: poison, never zeros. */
-static void copy_aside_of_parent(struct sn_session *session, struct pending *pending)
+static void copy_aside(struct sn_session *session, struct pending *pending)
 {
 	struct table *table = malloc(sizeof(*table));
 	unsigned char *pages = malloc(COPY_PAGES * PAGE);
-	struct sn_session *parent = session->parent;
+	struct sn_session *source = session->source;
 
 	if (table && pages) {
 		pthread_rwlock_rdlock(&session->lock);
@@ -173,7 +173,7 @@ static void copy_aside_of_parent(struct sn_session *session, struct pending *pen
 
 				if (ENTRY_STATE(session->pm.entries[index]) != ST_ASIDE)
 					continue;
-				lost = aside_read(atomic_load(&parent->pid), from, pages, PAGE) != (long)PAGE;
+				lost = aside_read(atomic_load(&source->pid), from, pages, PAGE) != (long)PAGE;
 				give_page(session, index, pages, lost, pending);
 			}
 		}
@@ -185,9 +185,9 @@ static void copy_aside_of_parent(struct sn_session *session, struct pending *pen
 	for (uint64_t i = 0; i < table->nrecords; i++)
 		table->records[i].aside = 0;
 	pm_commit(&session->pm, pm_applied(&session->pm));
-	session->parent = NULL;
+	session->source = NULL;
 	pthread_rwlock_unlock(&session->lock);
-	atomic_fetch_sub(&parent->fork_copies, 1);
+	atomic_fetch_sub(&source->fork_copies, 1);
 }
 
 void *reader_main(void *arg)
@@ -206,8 +206,8 @@ void *reader_main(void *arg)
 		return NULL;
 	}
 	prefer_thread();
-	if (session->parent)
-		copy_aside_of_parent(session, pending);
+	if (session->source)
+		copy_aside(session, pending);
 	while (!atomic_load(&session->stopping)) {
 		struct pollfd fds[2] = {{.fd = session->uffd, .events = POLLIN},
 					{.fd = session->wake_fd, .events = POLLIN}};

@@ -80,7 +80,7 @@ int sn_next_notice(struct sn_notice *ret)
 	return found;
 }
 
-struct sn_session *session_new(const struct sn_target *target, struct sn_store *store, struct sn_session *parent,
+struct sn_session *session_new(const struct sn_target *target, struct sn_store *store, struct sn_session *source,
 			       int *ret_error)
 {
 	struct sn_session *session = calloc(1, sizeof(*session));
@@ -110,7 +110,7 @@ struct sn_session *session_new(const struct sn_target *target, struct sn_store *
 	session->agent_sock = target->agent_sock;
 	session->sentinel = target->sentinel;
 	memcpy(session->agent_tids, target->agent_tids, sizeof(session->agent_tids));
-	session->parent = parent;
+	session->source = source;
 	session->store = store;
 	atomic_fetch_add(&store->references, 1);
 	session->pm.header->pid = target->pid;
@@ -213,6 +213,8 @@ int session_fork(struct sn_session *session, int uffd)
 {
 	struct sn_target target = {.pid = 0, .uffd = uffd, .agent_sock = -1, .sentinel = session->sentinel};
 	struct table *from = pm_table(&session->pm), *to;
+	/* A child that forks before it has its copies: they still are where its own were. */
+	struct sn_session *source = session->source ? session->source : session;
 	struct sn_session *child;
 	bool aside = false;
 	int error;
@@ -220,7 +222,7 @@ int session_fork(struct sn_session *session, int uffd)
 	target.page_map = sn_page_map_create();
 	if (target.page_map < 0)
 		return target.page_map;
-	child = session_new(&target, session->store, session, &error);
+	child = session_new(&target, session->store, source, &error);
 	if (!child) {
 		close(target.page_map);
 		return error;
@@ -240,14 +242,14 @@ int session_fork(struct sn_session *session, int uffd)
 	child->pm.header->nentries = child->pm.alloc_next = session->pm.alloc_next;
 	pm_commit(&child->pm, 0);
 	if (aside)
-		atomic_fetch_add(&session->fork_copies, 1);
+		atomic_fetch_add(&source->fork_copies, 1);
 	else
-		child->parent = NULL;
+		child->source = NULL;
 	session->forked = child->forked = true;
 	error = session_start(child);
 	if (error) {
 		if (aside)
-			atomic_fetch_sub(&session->fork_copies, 1);
+			atomic_fetch_sub(&source->fork_copies, 1);
 		child->uffd = -1;
 		session_free(child);
 		return error;
