@@ -294,7 +294,8 @@ static long pin_pass(struct agent *agent, struct snapd_wire *m)
 				if (raw3(__NR_madvise, at, SNAPD_PAGE, SNAPD_MADV_POPULATE_WRITE) == 0)
 					continue;
 			}
-			if (done == -EBUSY) {
+			/* EEXIST and ENOENT: whatever it is, the page is not in the staging. */
+			if (done == -EBUSY || done == -EEXIST || done == -ENOENT) {
 				if (npinned && pinned[npinned - 1].start + pinned[npinned - 1].length == at) {
 					pinned[npinned - 1].length += SNAPD_PAGE;
 				} else if (npinned < SNAPD_WIRE_RUNS) {
@@ -304,12 +305,12 @@ static long pin_pass(struct agent *agent, struct snapd_wire *m)
 					m->flags = SNAPD_REPLY_MORE;
 					goto out;
 				}
-			} else if (done != -EEXIST && done != -ENOENT) {
+			} else {
 				m->value = at; /* from here on nothing was moved */
 				ret = done;
 				goto out;
 			}
-			at += SNAPD_PAGE; /* EEXIST: a pass before a cut moved it; ENOENT: nothing there */
+			at += SNAPD_PAGE;
 			tried = 0;
 		}
 	}

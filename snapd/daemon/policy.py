@@ -105,9 +105,11 @@ def plan(mappings: Sequence[Mapping], threads: Iterable[tuple[int, int]], own: I
     own = list(own)
     skipped: Counter[str] = Counter()
     intervals: list[Range] = []
-    total = 0
+    total = seen = 0
     for mapping in mappings:
-        whole = Range(mapping.start, mapping.end)
+        # /proc may list a mapping again, larger, when it grows while it is read.
+        whole = Range(max(mapping.start, seen), max(mapping.end, seen))
+        seen = whole.end
         if any(whole.start >= one.start and whole.end <= one.end for one in own):
             skipped["agent"] += mapping.memory_bytes
             continue

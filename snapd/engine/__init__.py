@@ -389,8 +389,12 @@ class Model:
         check(lib.sn_model_add(self.session.handle, start, npages, entry))
 
     def event(self, event: int, a: int, b: int, c: int = 0) -> None:
-        """Apply an event as if it had been read: REMAP(from, to, length), REMOVE(start, end), UNMAP(start, end)."""
+        """Let an event be read: REMAP(from, to, length), REMOVE(start, end), UNMAP(start, end)."""
         lib.sn_model_event(self.session.handle, event, a, b, c)
+
+    def apply(self) -> None:
+        """Apply the events since the last call, as one batch: no call is in flight now."""
+        lib.sn_model_apply(self.session.handle)
 
     def owe(self, start: int, end: int) -> None:
         """Expect an UNMAP that must not hit live records."""

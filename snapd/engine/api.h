@@ -140,6 +140,7 @@ void sn_page_map_trim(struct sn_session *session);
  * kernel's numbers), an UNMAP that is owed, a full stop, and the entry of an address (all ones: no record). */
 int sn_model_add(struct sn_session *session, uint64_t start, uint64_t npages, uint64_t entry);
 void sn_model_event(struct sn_session *session, int event, uint64_t a, uint64_t b, uint64_t c);
+void sn_model_apply(struct sn_session *session); /* the events since the last call, as one batch */
 void sn_model_owe(struct sn_session *session, uint64_t start, uint64_t end);
 void sn_model_stand(struct sn_session *session);
 uint64_t sn_model_entry(struct sn_session *session, uint64_t address);

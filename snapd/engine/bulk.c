@@ -66,7 +66,7 @@ bool bulk_next(struct sn_session *session, uint64_t *at, uint64_t end, struct ru
 		uint64_t from = max_u64(record->start, *at);
 		uint64_t upto = min_u64(record->start + record->npages * PAGE, end);
 
-		for (uint64_t address = from; address < upto; address += PAGE) {
+		for (uint64_t address = from; record->first != NO_ENTRIES && address < upto; address += PAGE) {
 			uint64_t index = record->first + (address - record->start) / PAGE;
 			uint64_t entry = session->pm.entries[index];
 			bool stored = ENTRY_STATE(entry) == ST_STORED && !(entry & ENTRY_MOVING);
@@ -152,7 +152,7 @@ static bool unchanged(struct sn_session *session, const struct run *run, uint64_
 	long i = pm_find(table, run->start + from * PAGE);
 	const struct record *record = i >= 0 ? &table->records[i] : NULL;
 
-	if (!record || record->first + (run->start + from * PAGE - record->start) / PAGE != run->first + from ||
+	if (!record || record->first == NO_ENTRIES || record->first + (run->start + from * PAGE - record->start) / PAGE != run->first + from ||
 	    record->start + record->npages * PAGE < run->start + (from + count) * PAGE)
 		return false;
 	for (uint64_t k = from; k < from + count; k++)

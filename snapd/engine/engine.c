@@ -18,8 +18,9 @@ int sn_init(const struct sn_codec *codec, int npackers)
 
 void sn_page_map_trim(struct sn_session *session)
 {
-	struct record *used = malloc((MAX_RECORDS + MAX_INFLIGHT * 64) * sizeof(*used));
+	struct record *used = malloc(MAX_RECORDS * sizeof(*used));
 	struct table *table;
+	uint64_t n = 0;
 
 	if (!used)
 		return;
@@ -28,8 +29,10 @@ void sn_page_map_trim(struct sn_session *session)
 		if (session->inflight[i]) /* its entries may be in no record any more and still be looked at */
 			goto out;
 	table = pm_table(&session->pm);
-	memcpy(used, table->records, table->nrecords * sizeof(*used));
-	pm_trim(&session->pm, used, table->nrecords);
+	for (uint64_t i = 0; i < table->nrecords; i++)
+		if (table->records[i].first != NO_ENTRIES)
+			used[n++] = table->records[i];
+	pm_trim(&session->pm, used, n);
 out:
 	pthread_rwlock_unlock(&session->lock);
 	free(used);

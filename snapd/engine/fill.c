@@ -14,7 +14,7 @@
 static const unsigned char zero_page[PAGE] __attribute__((aligned(4096)));
 
 struct place {
-	bool known;
+	bool known, recorded;
 	uint64_t index, entry, aside;
 };
 
@@ -43,7 +43,7 @@ static struct place look_up(struct sn_session *session, uint64_t address)
 {
 	const struct table *table = pm_table(&session->pm);
 	long i = pm_find(table, address);
-	struct place place = {.known = i >= 0};
+	struct place place = {.known = i >= 0 && table->records[i].first != NO_ENTRIES, .recorded = i >= 0};
 
 	if (place.known) {
 		const struct record *record = &table->records[i];
@@ -157,7 +157,7 @@ static enum fill_result fill_zero(struct sn_session *session, const struct place
 
 enum fill_result fill_page(struct sn_session *session, struct filler *filler, uint64_t address, bool write, bool nowait)
 {
-	filler->from_store = false;
+	filler->from_store = filler->unknown = false;
 	for (;;) {
 		struct place place, again;
 		enum frame_error error = FRAME_OK;
@@ -216,6 +216,7 @@ enum fill_result fill_page(struct sn_session *session, struct filler *filler, ui
 			/* Fresh memory. Also what was filled or guarded and is missing again: it was discarded by a way
 			 * that raises no event (a guard, installed and removed), and such pages read as zeros. Where it
 			 * is present after all (a second message of one fault), the answer is EEXIST and a wake-up. */
+			filler->unknown = !place.recorded;
 			ret = fill_zero(session, &place, address, write || state == ST_FILLED);
 		}
 		pthread_rwlock_unlock(&session->lock);

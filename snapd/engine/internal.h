@@ -42,16 +42,19 @@ static inline bool entry_has_frame(uint64_t e)
 	return ENTRY_STATE(e) == ST_STORED || ENTRY_STATE(e) == ST_FILLED;
 }
 
-struct record { /* npages of the target from start are entries from first; aside: where moved pages are now, or 0 */
+/* npages of the target from start are entries from first; aside: where moved pages are now, or 0. What is watched and was
+ * never moved has a record without entries: an event that ends it must not be taken for another's. */
+struct record {
 	uint64_t start, npages, first, aside;
 };
+#define NO_ENTRIES (~0ULL)
 struct debt { /* addresses of which an UNMAP is still to come that must not hit live records */
 	uint64_t start, end;
 };
 
 #define MAX_DEBTS 512
 #define MAX_RECORDS 65536
-#define RING_SLOTS 64
+#define RING_SLOTS 1024
 #define MAX_ENTRIES (1ULL << 31)
 
 struct table {
@@ -111,6 +114,7 @@ int pm_insert(struct table *table, struct record record);
 uint64_t pm_address_of(const struct table *table, uint64_t index); /* 0: no longer mapped */
 void pm_join(struct table *table); /* makes one of records that follow each other */
 void pm_trim(struct page_map *pm, struct record *used, uint64_t n);
+int pm_blank(struct table *table, uint64_t start, uint64_t end); /* gives what has no record one without entries */
 void pm_add_debt(struct table *table, uint64_t start, uint64_t end);
 /* Takes debts out of [start, end); what is left of it goes to rest. Returns how many intervals are left. */
 int pm_settle(struct table *table, uint64_t start, uint64_t end, struct debt *rest, int capacity);
@@ -186,6 +190,7 @@ struct filler { /* one thread's means of filling */
 	unsigned char *frame; /* FRAME_MAX bytes */
 	unsigned char *page;  /* one page */
 	bool from_store;      /* the last fill was */
+	bool unknown;	      /* the last fill found no record at all */
 };
 
 struct stop;
@@ -193,7 +198,7 @@ struct stop;
 struct sn_session {
 	uint64_t id;
 	atomic_int pid;
-	int uffd, agent_sock, wake_fd;
+	int uffd, agent_sock, wake_fd, maps_fd, pagemap_fd;
 	int agent_tids[2];
 	uint64_t sentinel;
 	struct sn_session *source; /* whose staging a forked child's pages are in, until they are copied; else NULL */
@@ -209,8 +214,8 @@ struct sn_session {
 
 	pthread_t reader, fillers[MAX_FILLERS];
 	int nfillers;
-	unsigned int ring_used;
-	struct record *scratch; /* the reader's, MAX_RECORDS */
+	unsigned int model_events;
+	struct record *scratch, *moving; /* for whoever holds the lock exclusively; MAX_RECORDS each */
 	atomic_bool stopping, gone;
 	pthread_mutex_t queue_lock;
 	pthread_cond_t queue_ready;
@@ -238,7 +243,8 @@ void session_gone(struct sn_session *session);
 void entry_put(struct sn_session *session, uint64_t index, uint64_t entry);
 
 /* events.c */
-void events_apply(struct sn_session *session, const struct snapd_uffd_msg *message, unsigned int applied);
+void events_cover(struct sn_session *session, struct table *table, uint64_t address, bool from_start);
+void events_apply(struct sn_session *session, unsigned int nevents); /* what is in the ring, all of it */
 
 /* uffd.c: each errno gets its meaning here */
 enum uffd_result { UFFD_DONE, UFFD_EXISTS, UFFD_AGAIN, UFFD_UNMAPPED, UFFD_GONE, UFFD_NO_MEMORY, UFFD_ERROR };
@@ -246,6 +252,7 @@ enum uffd_result uffd_copy(int uffd, uint64_t to, const void *from, uint64_t byt
 enum uffd_result uffd_zero(int uffd, uint64_t at, uint64_t bytes);
 enum uffd_result uffd_poison(int uffd, uint64_t at, uint64_t bytes);
 enum uffd_result uffd_wake(int uffd, uint64_t at, uint64_t bytes);
+bool uffd_changing(int uffd);
 int uffd_register(int uffd, uint64_t start, uint64_t bytes, uint64_t mode);
 int uffd_unregister(int uffd, uint64_t start, uint64_t bytes);
 long pagemap_scan(int fd, uint64_t start, uint64_t end, uint64_t anyof, uint64_t ret_mask, uint64_t max_pages,

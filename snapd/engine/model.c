@@ -28,10 +28,16 @@ int sn_model_add(struct sn_session *session, uint64_t start, uint64_t npages, ui
 
 void sn_model_event(struct sn_session *session, int event, uint64_t a, uint64_t b, uint64_t c)
 {
-	struct snapd_uffd_msg message = {.event = (__u8)event, .arg.words = {a, b, c}};
+	session->pm.ring[session->model_events++] =
+		(struct snapd_uffd_msg){.event = (__u8)event, .arg.words = {a, b, c}};
+}
 
+void sn_model_apply(struct sn_session *session)
+{
 	pthread_rwlock_wrlock(&session->lock);
-	events_apply(session, &message, 1);
+	events_apply(session, session->model_events);
+	memset(session->pm.ring, 0, session->model_events * sizeof(session->pm.ring[0]));
+	session->model_events = 0;
 	pthread_rwlock_unlock(&session->lock);
 }
 
@@ -60,7 +66,7 @@ uint64_t sn_model_entry(struct sn_session *session, uint64_t address)
 	pthread_rwlock_rdlock(&session->lock);
 	table = pm_table(&session->pm);
 	i = pm_find(table, address);
-	if (i >= 0)
+	if (i >= 0 && table->records[i].first != NO_ENTRIES)
 		entry = session->pm.entries[table->records[i].first + (address - table->records[i].start) / PAGE];
 	pthread_rwlock_unlock(&session->lock);
 	return entry;

@@ -81,6 +81,8 @@ static int watch(struct sn_piece *piece, struct span *span, const struct files *
 {
 	struct sn_session *session = piece->session;
 	bool watched = sn_watched(files->pagemap, span->start) == 1;
+	struct table *table;
+	long n;
 
 	span->cause = sn_uffd_register(session->uffd, vma->vma_start, vma->vma_end - vma->vma_start);
 	switch (span->cause) {
@@ -90,20 +92,16 @@ static int watch(struct sn_piece *piece, struct span *span, const struct files *
 	case -ENOMEM: return SN_NO_ROOM;
 	default: return SN_FAILED;
 	}
-	if (!watched) {
-		struct table *table;
-		long n;
-
-		pthread_rwlock_wrlock(&session->lock);
-		table = pm_edit(&session->pm);
-		n = pm_cut(table, vma->vma_start, vma->vma_end, session->scratch, MAX_RECORDS);
-		for (long i = 0; i < n; i++)
-			for (uint64_t k = 0; k < session->scratch[i].npages; k++)
-				entry_put(session, session->scratch[i].first + k, ST_NONE);
-		pm_commit(&session->pm, pm_applied(&session->pm));
-		pthread_rwlock_unlock(&session->lock);
-	}
-	return SN_MOVED;
+	pthread_rwlock_wrlock(&session->lock);
+	table = pm_edit(&session->pm);
+	n = watched ? 0 : pm_cut(table, vma->vma_start, vma->vma_end, session->scratch, MAX_RECORDS);
+	for (long i = 0; i < n; i++)
+		for (uint64_t k = 0; session->scratch[i].first != NO_ENTRIES && k < session->scratch[i].npages; k++)
+			entry_put(session, session->scratch[i].first + k, ST_NONE);
+	span->cause = pm_blank(table, vma->vma_start, vma->vma_end);
+	pm_commit(&session->pm, pm_applied(&session->pm));
+	pthread_rwlock_unlock(&session->lock);
+	return span->cause ? SN_NO_ROOM : SN_MOVED;
 }
 
 /* Gives every page of the span an entry in the table that is being edited. */
@@ -117,15 +115,17 @@ static int cover(struct page_map *pm, struct table *table, const struct span *sp
 	while (at < end && !error) {
 		long i = pm_first_at(table, at);
 		const struct record *next = i < (long)table->nrecords ? &table->records[i] : NULL;
-		uint64_t upto = next ? min_u64(end, next->start) : end;
+		bool here = next && next->start <= at;
+		uint64_t upto = here ? next->start + next->npages * PAGE : next ? next->start : end;
 
-		if (next && next->start <= at) {
-			at = next->start + next->npages * PAGE;
-			continue;
+		upto = min_u64(upto, end);
+		if (!here || next->first == NO_ENTRIES) {
+			if (here)
+				pm_cut(table, at, upto, NULL, 0);
+			error = pm_alloc(pm, (upto - at) / PAGE, &first);
+			if (!error)
+				error = pm_insert(table, (struct record){at, (upto - at) / PAGE, first, 0});
 		}
-		error = pm_alloc(pm, (upto - at) / PAGE, &first);
-		if (!error)
-			error = pm_insert(table, (struct record){at, (upto - at) / PAGE, first, 0});
 		at = upto;
 	}
 	return error;
@@ -170,6 +170,21 @@ static void set_moving(struct sn_piece *piece, const struct span *span, bool mov
 	}
 }
 
+/* /proc may list a mapping twice while it grows: no page is moved for two spans. */
+static bool overlaps_earlier(const struct sn_piece *piece, int span)
+{
+	const struct span *one = &piece->spans[span];
+
+	for (int i = 0; i < span; i++) {
+		const struct span *other = &piece->spans[i];
+
+		if (other->outcome == SN_MOVED && other->start < one->start + span_bytes(one) &&
+		    one->start < other->start + span_bytes(other))
+			return true;
+	}
+	return false;
+}
+
 /* From here to settle() every event is our own. Debts are void: at a full stop no event is unread. */
 static void claim(struct sn_piece *piece)
 {
@@ -184,7 +199,7 @@ static void claim(struct sn_piece *piece)
 
 		if (span->outcome != SN_MOVED)
 			continue;
-		span->cause = cover(&session->pm, table, span);
+		span->cause = overlaps_earlier(piece, i) ? -EBUSY : cover(&session->pm, table, span);
 		if (!span->cause)
 			span->cause = find_segments(piece, span, table);
 		if (span->cause) {

@@ -23,7 +23,7 @@ _Static_assert(BATCH_PAGES * FRAME_MAX <= SEGMENT_BYTES, "a batch fits a segment
 
 struct job {
 	struct sn_piece *piece;
-	uint64_t first, npages, staging;
+	uint64_t first, npages, staging, base;
 };
 
 static struct {
@@ -132,7 +132,9 @@ static int pack_job(const struct job *job, struct frame_packer *packer, struct b
 	for (uint64_t k = 0; k < job->npages; k++) {
 		char *from = (char *)(uintptr_t)(job->staging + k * PAGE);
 
-		if (ENTRY_STATE(session->pm.entries[job->first + k]) != ST_ASIDE)
+		/* What could not go back to its address is not in the staging, and served from where it is. */
+		if (ENTRY_STATE(session->pm.entries[job->first + k]) != ST_ASIDE ||
+		    job->piece->decisions[job->base + k] == LEFT_ASIDE)
 			continue;
 		batch->index[batch->n++] = job->first + k;
 		if (nruns && (char *)remote[nruns - 1].iov_base + remote[nruns - 1].iov_len == from)
@@ -246,7 +248,7 @@ int sn_piece_pack(struct sn_piece *piece, int level)
 
 		for (uint64_t k = 0; k < segment->npages; k += BATCH_PAGES)
 			enqueue((struct job){piece, segment->first + k, min_u64(BATCH_PAGES, segment->npages - k),
-					     segment->staging + k * PAGE});
+					     segment->staging + k * PAGE, segment->base + k});
 	}
 	return 0;
 }

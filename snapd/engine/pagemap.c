@@ -13,6 +13,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+_Static_assert(PM_RING_OFFSET + RING_SLOTS * sizeof(struct snapd_uffd_msg) <= PM_TABLE_OFFSET, "the ring has room");
 _Static_assert(sizeof(struct page_map_header) <= PM_RING_OFFSET, "the header has a page");
 
 static const char MAGIC[8] = "HSNAPPM1";
@@ -137,7 +138,8 @@ static struct record part(const struct record *record, uint64_t start, uint64_t 
 	uint64_t from = max_u64(record->start, start), to = min_u64(record_end(record), end);
 	uint64_t skip = from - record->start;
 
-	return (struct record){from, (to - from) / PAGE, record->first + skip / PAGE,
+	return (struct record){from, (to - from) / PAGE,
+			       record->first == NO_ENTRIES ? NO_ENTRIES : record->first + skip / PAGE,
 			       record->aside ? record->aside + skip : 0};
 }
 
@@ -145,6 +147,8 @@ static bool joins(const struct record *a, const struct record *b)
 {
 	uint64_t bytes = a->npages * PAGE;
 
+	if (a->first == NO_ENTRIES || b->first == NO_ENTRIES)
+		return a->start + bytes == b->start && a->first == b->first;
 	return a->start + bytes == b->start && a->first + a->npages == b->first &&
 	       (a->aside ? b->aside == a->aside + bytes : !b->aside);
 }
@@ -218,7 +222,8 @@ long pm_cut(struct table *table, uint64_t start, uint64_t end, struct record *ou
 uint64_t pm_address_of(const struct table *table, uint64_t index)
 {
 	for (uint64_t i = 0; i < table->nrecords; i++)
-		if (index - table->records[i].first < table->records[i].npages)
+		if (table->records[i].first != NO_ENTRIES &&
+		    index - table->records[i].first < table->records[i].npages)
 			return table->records[i].start + (index - table->records[i].first) * PAGE;
 	return 0;
 }
@@ -246,43 +251,76 @@ void pm_add_debt(struct table *table, uint64_t start, uint64_t end)
 	table->debts[table->ndebts++] = (struct debt){start, end};
 }
 
+/* Takes [start, end) out of the list; a middle cut splits one in two while there is room. Returns whether it met any. */
+static bool take(struct debt *list, int *n, int capacity, uint64_t start, uint64_t end)
+{
+	bool met = false;
+
+	for (int k = 0; k < *n; k++) {
+		struct debt one = list[k];
+
+		if (one.start >= one.end || end <= one.start || one.end <= start)
+			continue;
+		met = true;
+		list[k].end = max_u64(one.start, start);
+		if (one.end > end && *n < capacity) {
+			list[*n] = (struct debt){end, one.end};
+			++*n;
+		}
+	}
+	return met;
+}
+
+/* Each debt pays for what it covers of the rest once, and what it does not pay for stays owed. */
 int pm_settle(struct table *table, uint64_t start, uint64_t end, struct debt *rest, int capacity)
 {
+	uint64_t ndebts = table->ndebts;
 	int nrest = 1;
 
 	rest[0] = (struct debt){start, end};
-	for (uint64_t i = 0; i < table->ndebts;) {
-		struct debt debt = table->debts[i];
-		bool used = false;
+	for (uint64_t i = 0; i < ndebts; i++) {
+		struct debt left[16] = {table->debts[i]};
+		int nleft = 1, nbefore = nrest;
 
-		for (int k = 0; k < nrest; k++) {
+		for (int k = 0; k < nbefore; k++) {
 			struct debt piece = rest[k];
 
-			if (debt.end <= piece.start || piece.end <= debt.start)
-				continue;
-			used = true;
-			rest[k] = (struct debt){piece.start, max_u64(piece.start, debt.start)};
-			if (piece.end > debt.end && nrest < capacity)
-				rest[nrest++] = (struct debt){debt.end, piece.end};
+			if (piece.start < piece.end)
+				take(left, &nleft, 16, piece.start, piece.end);
 		}
-		if (!used) {
-			i++;
+		if (!take(rest, &nrest, capacity, table->debts[i].start, table->debts[i].end))
 			continue;
-		}
-		/* What of the debt lies outside stays owed. */
-		if (debt.start < start && debt.end > end) {
-			table->debts[i].end = start;
-			pm_add_debt(table, end, debt.end);
+		table->debts[i] = left[0];
+		for (int k = 1; k < nleft; k++)
+			if (left[k].start < left[k].end)
+				pm_add_debt(table, left[k].start, left[k].end);
+	}
+	for (uint64_t i = 0; i < table->ndebts;) {
+		if (table->debts[i].start < table->debts[i].end)
 			i++;
-		} else if (debt.start < start) {
-			table->debts[i++].end = start;
-		} else if (debt.end > end) {
-			table->debts[i++].start = end;
-		} else {
+		else
 			table->debts[i] = table->debts[--table->ndebts];
-		}
 	}
 	return nrest;
+}
+
+int pm_blank(struct table *table, uint64_t start, uint64_t end)
+{
+	int error = 0;
+
+	while (start < end && !error) {
+		long i = pm_first_at(table, start);
+		const struct record *next = i < (long)table->nrecords ? &table->records[i] : NULL;
+		uint64_t upto = next ? min_u64(end, next->start) : end;
+
+		if (next && next->start <= start) {
+			start = record_end(next);
+			continue;
+		}
+		error = pm_insert(table, (struct record){start, (upto - start) / PAGE, NO_ENTRIES, 0});
+		start = upto;
+	}
+	return error;
 }
 
 int pm_alloc(struct page_map *pm, uint64_t npages, uint64_t *ret_first)

@@ -13,6 +13,9 @@
 #define MAX_PENDING 1024
 #define RETRY_NS 30000ULL
 #define RETRY_MEMORY_NS 10000000ULL
+#define READ_SLOTS 32
+#define WHOLE_NS 20000000ULL
+#define WHOLE_PAUSE_US 20 /* the thread that is in the call may need this very CPU */
 #define PROBE_NS 500000000ULL
 #define COPY_PAGES 64
 
@@ -36,48 +39,63 @@ static void add_pending(struct sn_session *session, struct pending *pending, con
 		uffd_wake(session->uffd, fault.address, PAGE);
 }
 
-/* Reads and applies all that there is. Faults are handed out before older events, so none is filled before this ends. */
-static bool drain(struct sn_session *session, struct pending *pending)
+/* Reads all that there is into the ring, faults apart: what a dying daemon had read its successor finds there. Goes on
+ * until no call is in flight, for only then is the batch whole; nothing could be filled before anyway. */
+static unsigned int collect(struct sn_session *session, struct pending *pending)
 {
 	struct page_map *pm = &session->pm;
-	bool more = true, alive = true;
+	uint64_t deadline = now_ns() + WHOLE_NS;
+	unsigned int n = 0;
 
-	pthread_rwlock_wrlock(&session->lock);
-	while (more) {
-		ssize_t bytes;
-		unsigned int n;
+	for (;;) {
+		ssize_t bytes = read(session->uffd, &pm->ring[n], READ_SLOTS * sizeof(pm->ring[0]));
+		unsigned int got = bytes > 0 ? (unsigned int)((size_t)bytes / sizeof(pm->ring[0])) : 0;
 
-		memset(pm->ring, 0, session->ring_used * sizeof(pm->ring[0]));
-		pm_set_applied(pm, 0);
-		bytes = read(session->uffd, pm->ring, RING_SLOTS * sizeof(pm->ring[0]));
-		if (bytes < 0) {
-			session->ring_used = 0;
-			if (errno == EINTR)
-				continue;
-			if (errno != EAGAIN) {
-				/* EMFILE and the like: a FORK event stays queued until there is room for its fd. */
-				notify(&(struct sn_notice){
-					.kind = SN_NOTICE_TROUBLE, .session = session->id, .cause = errno});
-				pthread_rwlock_unlock(&session->lock);
-				usleep(10000);
-				return true;
-			}
+		if (bytes < 0 && errno == EINTR)
+			continue;
+		if (bytes < 0 && errno != EAGAIN) {
+			/* EMFILE and the like: a FORK event stays queued until there is room for its fd. */
+			notify(&(struct sn_notice){.kind = SN_NOTICE_TROUBLE, .session = session->id, .cause = errno});
+			usleep(10000);
 			break;
 		}
-		n = (unsigned int)((size_t)bytes / sizeof(pm->ring[0]));
-		session->ring_used = n;
-		for (unsigned int i = 0; i < n; i++) {
+		for (unsigned int i = n, end = n + got; i < end; i++) {
 			if (pm->ring[i].event == SNAPD_UFFD_EVENT_PAGEFAULT)
 				add_pending(session, pending, &pm->ring[i]);
 			else
-				events_apply(session, &pm->ring[i], i + 1);
+				pm->ring[n++] = pm->ring[i];
 		}
-		if (!n)
-			alive = false;
-		more = n > 0;
+		if (got)
+			continue;
+		if (!n || session->in_stop || n + READ_SLOTS > RING_SLOTS || !uffd_changing(session->uffd) || now_ns() > deadline)
+			break;
+		usleep(WHOLE_PAUSE_US);
+	}
+	return n;
+}
+
+/* Faults are handed out before older events, so none is filled before the events are applied. */
+static void drain(struct sn_session *session, struct pending *pending)
+{
+	unsigned int n;
+
+	pthread_rwlock_wrlock(&session->lock);
+	n = collect(session, pending);
+	if (n) {
+		events_apply(session, n);
+		memset(session->pm.ring, 0, (n + READ_SLOTS) * sizeof(session->pm.ring[0]));
+		pm_set_applied(&session->pm, 0);
 	}
 	pthread_rwlock_unlock(&session->lock);
-	return alive;
+}
+
+/* A fault where there is no record: the mapping has grown in place. */
+static void learn(struct sn_session *session, uint64_t address)
+{
+	pthread_rwlock_wrlock(&session->lock);
+	events_cover(session, pm_edit(&session->pm), address, false);
+	pm_commit(&session->pm, pm_applied(&session->pm));
+	pthread_rwlock_unlock(&session->lock);
 }
 
 /* Serves what is due; what must wait stays. Returns when the next one is due, or 0 for none. */
@@ -100,6 +118,8 @@ static uint64_t serve(struct sn_session *session, struct filler *filler, struct 
 				fill_count(session, fault.since_ns);
 				if (filler->from_store)
 					prefetch_note(prefetch, fault.address);
+				if (filler->unknown)
+					learn(session, fault.address);
 				continue;
 			}
 			if (result == FILL_GONE) {

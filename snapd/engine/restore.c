@@ -107,7 +107,7 @@ int sn_release(struct sn_session *session, uint64_t start, uint64_t end)
 	pthread_rwlock_wrlock(&session->lock);
 	table = pm_table(&session->pm);
 	for (long i = pm_first_at(table, start); i < (long)table->nrecords && table->records[i].start < end; i++)
-		for (uint64_t k = 0; k < table->records[i].npages; k++) {
+		for (uint64_t k = 0; table->records[i].first != NO_ENTRIES && k < table->records[i].npages; k++) {
 			uint64_t entry = session->pm.entries[table->records[i].first + k];
 
 			if (entry & ENTRY_MOVING || ENTRY_STATE(entry) == ST_STORED || ENTRY_STATE(entry) == ST_ASIDE)
@@ -121,7 +121,7 @@ int sn_release(struct sn_session *session, uint64_t start, uint64_t end)
 		table = pm_edit(&session->pm);
 		n = pm_cut(table, start, end, session->scratch, MAX_RECORDS);
 		for (long i = 0; i < n; i++)
-			for (uint64_t k = 0; k < session->scratch[i].npages; k++)
+			for (uint64_t k = 0; session->scratch[i].first != NO_ENTRIES && k < session->scratch[i].npages; k++)
 				entry_put(session, session->scratch[i].first + k, ST_NONE);
 		pm_commit(&session->pm, pm_applied(&session->pm));
 	}

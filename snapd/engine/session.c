@@ -5,6 +5,7 @@
 #include "internal.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -80,6 +81,19 @@ int sn_next_notice(struct sn_notice *ret)
 	return found;
 }
 
+/* Opens what of /proc the reader looks at; it may not be there for it. */
+static void session_see(struct sn_session *session)
+{
+	char path[64];
+
+	if (session->maps_fd >= 0 || !atomic_load(&session->pid))
+		return;
+	snprintf(path, sizeof(path), "/proc/%d/maps", atomic_load(&session->pid));
+	session->maps_fd = open(path, O_RDONLY | O_CLOEXEC);
+	snprintf(path, sizeof(path), "/proc/%d/pagemap", atomic_load(&session->pid));
+	session->pagemap_fd = open(path, O_RDONLY | O_CLOEXEC);
+}
+
 struct sn_session *session_new(const struct sn_target *target, struct sn_store *store, struct sn_session *source,
 			       int *ret_error)
 {
@@ -96,7 +110,8 @@ struct sn_session *session_new(const struct sn_target *target, struct sn_store *
 		return NULL;
 	}
 	session->pm.fd = -1;
-	session->scratch = calloc(MAX_RECORDS, sizeof(*session->scratch));
+	session->scratch = calloc(2 * MAX_RECORDS, sizeof(*session->scratch));
+	session->moving = session->scratch + MAX_RECORDS;
 	*ret_error = session->scratch ? pm_open(&session->pm, target->page_map) : -ENOMEM;
 	if (*ret_error) {
 		free(session->scratch);
@@ -108,6 +123,8 @@ struct sn_session *session_new(const struct sn_target *target, struct sn_store *
 	atomic_store(&session->pid, target->pid);
 	session->uffd = target->uffd;
 	session->agent_sock = target->agent_sock;
+	session->maps_fd = session->pagemap_fd = -1;
+	session_see(session);
 	session->sentinel = target->sentinel;
 	memcpy(session->agent_tids, target->agent_tids, sizeof(session->agent_tids));
 	session->source = source;
@@ -151,12 +168,16 @@ static void session_free(struct sn_session *session)
 	struct table *table = pm_table(&session->pm);
 
 	for (uint64_t i = 0; i < table->nrecords; i++)
-		for (uint64_t k = 0; k < table->records[i].npages; k++)
+		for (uint64_t k = 0; table->records[i].first != NO_ENTRIES && k < table->records[i].npages; k++)
 			store_unhold_entry(session->store, session->pm.entries[table->records[i].first + k]);
 	if (session->uffd >= 0)
 		close(session->uffd);
 	if (session->agent_sock >= 0)
 		close(session->agent_sock);
+	if (session->maps_fd >= 0)
+		close(session->maps_fd);
+	if (session->pagemap_fd >= 0)
+		close(session->pagemap_fd);
 	close(session->wake_fd);
 	free(session->scratch);
 	stop_destroy(session->stop);
@@ -233,6 +254,8 @@ int session_fork(struct sn_session *session, int uffd)
 	for (uint64_t i = 0; i < from->nrecords; i++) {
 		const struct record *record = &from->records[i];
 
+		if (record->first == NO_ENTRIES)
+			continue;
 		aside |= record->aside != 0;
 		memcpy((void *)(child->pm.entries + record->first), (void *)(session->pm.entries + record->first),
 		       record->npages * 8);
@@ -280,6 +303,9 @@ void sn_session_set_pid(struct sn_session *session, int pid)
 {
 	atomic_store(&session->pid, pid);
 	session->pm.header->pid = pid;
+	pthread_rwlock_wrlock(&session->lock);
+	session_see(session);
+	pthread_rwlock_unlock(&session->lock);
 }
 
 void sn_session_bind(struct sn_session *session, int agent_sock, const int *tids)
@@ -334,7 +360,7 @@ void sn_session_counts(struct sn_session *session, struct sn_counts *ret)
 	table = pm_table(&session->pm);
 	ret->ranges = table->nrecords;
 	for (uint64_t i = 0; i < table->nrecords; i++)
-		for (uint64_t k = 0; k < table->records[i].npages; k++) {
+		for (uint64_t k = 0; table->records[i].first != NO_ENTRIES && k < table->records[i].npages; k++) {
 			uint64_t e = session->pm.entries[table->records[i].first + k];
 
 			if (e & ENTRY_MOVING)
@@ -350,14 +376,19 @@ void sn_session_counts(struct sn_session *session, struct sn_counts *ret)
 uint64_t sn_session_regions(struct sn_session *session, struct sn_region *ret, uint64_t capacity)
 {
 	struct table *table;
-	uint64_t n;
+	uint64_t n = 0;
 
 	pthread_rwlock_rdlock(&session->lock);
 	table = pm_table(&session->pm);
-	n = table->nrecords;
-	for (uint64_t i = 0; i < n && i < capacity; i++)
-		ret[i] = (struct sn_region){table->records[i].start, table->records[i].npages, table->records[i].first,
-					    table->records[i].aside};
+	for (uint64_t i = 0; i < table->nrecords; i++) {
+		const struct record *record = &table->records[i];
+
+		if (record->first == NO_ENTRIES)
+			continue;
+		if (n < capacity)
+			ret[n] = (struct sn_region){record->start, record->npages, record->first, record->aside};
+		n++;
+	}
 	pthread_rwlock_unlock(&session->lock);
 	return n;
 }

@@ -56,6 +56,15 @@ enum uffd_result uffd_wake(int uffd, uint64_t at, uint64_t bytes)
 	return meaning(ioctl(uffd, SNAPD_UFFDIO_WAKE, &range) ? errno : 0);
 }
 
+/* Whether a call that raises an event is under way: then the kernel refuses everything that would fill, before it looks
+ * at the arguments. */
+bool uffd_changing(int uffd)
+{
+	struct snapd_uffd_zeropage none = {.range = {1, 1}};
+
+	return ioctl(uffd, SNAPD_UFFDIO_ZEROPAGE, &none) && errno == EAGAIN;
+}
+
 int uffd_register(int uffd, uint64_t start, uint64_t bytes, uint64_t mode)
 {
 	struct snapd_uffd_register range = {.range = {start, bytes}, .mode = mode};

@@ -1,7 +1,8 @@
 """The real page map under any order of events, against a plain model: a dictionary from address to entry.
 
-Each thread's own events come in order, and those of different threads are interleaved at will, as the kernel's queue
-may give them. Whatever the order, an address has the entry that belongs to the memory that is mapped there.
+Each thread's own events come in order, and those of different threads are interleaved as the kernel's queue may give
+them. They are applied as a batch when no call is in flight. Whatever the order, an address then has the entry that
+belongs to the memory that is mapped there.
 """
 
 from __future__ import annotations
@@ -87,6 +88,7 @@ class PageMapMachine(RuleBasedStateMachine):
         if not self._free(page, length):
             return
         self.read_late()
+        self._settle()
         self.model.stand()
         first = entry(STORED, self.serial)
         self.model.add(BASE + page * PAGE, length, first)
@@ -114,6 +116,8 @@ class PageMapMachine(RuleBasedStateMachine):
         """Memory moves to a free place; the UNMAP of the old place is read at once, or after other threads' events."""
         if not self._free(goal, length) or source + length > SPACE or self._busy_late(source, length):
             return
+        if abs(goal - source) < length:
+            return  # the kernel refuses it
         if not any(source + i in self.memory for i in range(length)) or self._busy_late(goal, length):
             return
         self.model.event(engine.Model.REMAP, BASE + source * PAGE, BASE + goal * PAGE, length * PAGE)
@@ -123,17 +127,23 @@ class PageMapMachine(RuleBasedStateMachine):
         if not unmap_later:
             self.read_late()
 
-    @rule(first=pages, second=pages, length=lengths, own_first=st.booleans())
-    def remap_into_hole(self, first: int, second: int, length: int, own_first: bool) -> None:
-        """One thread moves away, another moves into the hole: its REMAP is read before the hole's UNMAP."""
+    @rule(first=pages, second=pages, length=lengths, own_first=st.booleans(), swapped=st.booleans())
+    def remap_into_hole(self, first: int, second: int, length: int, own_first: bool, swapped: bool) -> None:
+        """One thread moves away, another moves into the hole: its REMAP is read before the hole's UNMAP, or even before
+        the REMAP that made the hole.
+        """
         self.read_late()
         room = next((page for page in range(SPACE - length) if self._free(page, length)), None)
         if room is None or abs(first - second) < length or max(first, second) + length > SPACE:
             return
         if any(abs(room - page) < length for page in (first, second)):
             return
-        for source, goal in ((first, room), (second, first)):
+        if swapped and not all(first + i in self.memory for i in range(length)):
+            swapped = False  # what has no record at all can't be told from a hole
+        moves = ((first, room), (second, first))
+        for source, goal in reversed(moves) if swapped else moves:
             self.model.event(engine.Model.REMAP, BASE + source * PAGE, BASE + goal * PAGE, length * PAGE)
+        for source, goal in moves:
             moved = {i: self.memory.pop(source + i) for i in range(length) if source + i in self.memory}
             self.memory.update({goal + i: value for i, value in moved.items()})
         for page in (first, second) if own_first else (second, first):
@@ -163,10 +173,16 @@ class PageMapMachine(RuleBasedStateMachine):
         for start, end in self.late:
             self.model.event(engine.Model.UNMAP, BASE + start * PAGE, BASE + end * PAGE)
         self.late.clear()
+        self._settle()
+
+    def _settle(self) -> None:
+        if not self.late:
+            self.model.apply()
 
     @invariant()
     def every_address_has_the_entry_of_its_memory(self) -> None:
-        for page in range(SPACE):
+        self._settle()
+        for page in range(0 if self.late else SPACE):
             found = self.model.entry(BASE + page * PAGE)
             assert (found or 0) == self.memory.get(page, 0), f"page {page}"
 
@@ -186,6 +202,7 @@ TestPageMap.settings = settings(max_examples=150, stateful_step_count=40, deadli
 def test_a_guard_outlives_a_discard(model: engine.Model) -> None:
     model.add(BASE, 1, GUARD)
     model.event(engine.Model.REMOVE, BASE, BASE + PAGE)
+    model.apply()
     assert model.entry(BASE) == GUARD
 
 
@@ -193,7 +210,9 @@ def test_our_own_unmap_never_hits_live_records(model: engine.Model) -> None:
     model.add(BASE, 4, entry(STORED, 0))
     model.owe(BASE + PAGE, BASE + 3 * PAGE)
     model.event(engine.Model.UNMAP, BASE + PAGE, BASE + 3 * PAGE)
+    model.apply()
     assert model.entry(BASE + PAGE) == entry(STORED, 1)
     model.event(engine.Model.UNMAP, BASE + PAGE, BASE + 3 * PAGE)
+    model.apply()
     assert model.entry(BASE + PAGE) is None
     assert model.entry(BASE + 3 * PAGE) == entry(STORED, 3)
