@@ -5,6 +5,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 C_USERS := $(wildcard tests examples)
 CLANG := clang -fsyntax-only -std=gnu11 -Wall -Wextra -Werror -pthread -Isnapd/agent
+PREFIX ?= /usr/local
+INSTALL_DIR = $(DESTDIR)$(PREFIX)
 SOURCES := find Makefile pyproject.toml hatch_build.py .ci snapd $(C_USERS) -type f \
 	\( -name '*.[ch]' -o -name '*.py' -o -name '*.varlink' -o -name '*.toml' -o -name Makefile -o -path '.ci/*' \)
 
@@ -12,7 +14,7 @@ SOURCES := find Makefile pyproject.toml hatch_build.py .ci snapd $(C_USERS) -typ
 need = @$(1) >/dev/null 2>&1 || { \
 	echo "$(2) is missing: apt install $(3) (Debian, Ubuntu), dnf install $(4) (Fedora)" >&2; false; }
 
-.PHONY: help build demo test lint type bench clean need-clang need-redis
+.PHONY: help build demo test lint type bench docs install uninstall clean need-clang need-redis
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -39,6 +41,31 @@ type: build ## mypy --strict
 
 bench: build ## throughput and latencies beside the machine's own limits
 	@$(BIN)/python -m tests.bench
+
+docs: build ## write docs/errors.md from snapd/errors.py
+	@$(BIN)/python docs/make_errors.py
+
+# The packages that snapd needs come along and are its own: neither the system's Python nor another program sees them.
+install: build ## install below PREFIX (/usr/local), or below DESTDIR for a package
+	@$(if $(filter /%,$(PREFIX)),,echo "PREFIX has to be an absolute path" >&2; exit 1)
+	@set -e; scratch=$$(mktemp -d); trap 'rm -rf "$$scratch"' EXIT; umask 022; to='$(INSTALL_DIR)'; \
+	$(BIN)/hatchling build -t wheel -d "$$scratch" >/dev/null 2>&1; \
+	rm -rf "$$to/lib/heap-snapd"; install -d "$$to/bin" "$$to/lib" "$$to/include" "$$to/share/doc/heap-snapd"; \
+	$(BIN)/pip install -qq --disable-pip-version-check --root-user-action ignore --no-compile \
+		--target "$$to/lib/heap-snapd" "$$scratch"/*.whl; \
+	rm -rf "$$to/lib/heap-snapd/bin" "$$to"/lib/heap-snapd/snapd-*.dist-info/direct_url.json; \
+	$(BIN)/python -m compileall -q $(if $(DESTDIR),-s '$(DESTDIR)') "$$to/lib/heap-snapd"; \
+	chmod -R a+rX "$$to/lib/heap-snapd"; \
+	{ echo "#!$$(readlink -f $(BIN)/python) -sP"; cat packaging/snapd.in; } > "$$scratch/snapd"; \
+	install -m 755 "$$scratch/snapd" "$$to/bin/snapd"; \
+	ln -sfn heap-snapd/snapd/agent/libsnapd-agent.so "$$to/lib/libsnapd-agent.so"; \
+	install -m 644 snapd/agent/snapd.h "$$to/include/snapd.h"; \
+	install -m 644 LICENSE "$$to/share/doc/heap-snapd/LICENSE"
+
+uninstall: ## remove what install put there, with the same PREFIX and DESTDIR
+	@$(if $(filter /%,$(PREFIX)),,echo "PREFIX has to be an absolute path" >&2; exit 1)
+	rm -rf '$(INSTALL_DIR)/lib/heap-snapd' '$(INSTALL_DIR)/share/doc/heap-snapd'
+	rm -f '$(INSTALL_DIR)/bin/snapd' '$(INSTALL_DIR)/lib/libsnapd-agent.so' '$(INSTALL_DIR)/include/snapd.h'
 
 clean: ## remove .venv and everything that was built
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -345,6 +345,8 @@ static void execute(struct agent *agent, struct snapd_wire *m, int fds[NFDS])
 	case SNAPD_HOLD:
 		close_fd(&agent->store);
 		close_fd(&agent->page_map);
+		if (fds[0] < 0) /* nothing is out, and no daemon will read: a fork would wait for ever */
+			close_fd(&agent->uffd);
 		agent->store = fds[0];
 		agent->page_map = fds[1];
 		if (fds[2] >= 0) { /* a forked child: its userfaultfd came to the daemon by the fork's event */

@@ -138,7 +138,7 @@ async def make_session(sock: AgentSocket, hello: Message, peer: Peer, state_dir:
             store, pid=peer.pid, uffd=uffd, page_map=page_map, agent_sock=agent_sock, sentinel=sentinel, tids=tids
         )
         undo.pop_all()
-        _prefer(tids[1])
+        _prefer(tids[1], peer.uid)
         return Session(
             native,
             store,
@@ -152,8 +152,13 @@ async def make_session(sock: AgentSocket, hello: Message, peer: Peer, state_dir:
         )
 
 
-def _prefer(mover_tid: int) -> None:
-    """The target stands while its mover works: nobody else's thread should run before it."""
+def _prefer(mover_tid: int, uid: int) -> None:
+    """The target stands while its mover works: nobody else's thread should run before it.
+
+    Only for whom that is no gain of privilege: which thread it is, is the target's word.
+    """
+    if uid not in (0, os.geteuid()):
+        return
     with suppress(PermissionError, ProcessLookupError):
         os.sched_setscheduler(mover_tid, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(1))
 
@@ -169,7 +174,10 @@ async def bind_child(session: Session, sock: AgentSocket, hello: Message, peer: 
         raise TargetGone(peer.pid)
     pidfd = sock.pidfd(peer.pid)
     try:
-        await _hold(sock, *session.native.descriptors())
+        with trio.fail_after(HANDSHAKE_S):
+            await _hold(sock, *session.native.descriptors())
+        if session.gone.is_set():
+            raise TargetGone(peer.pid)
     except BaseException:
         os.close(pidfd)
         raise
@@ -179,7 +187,7 @@ async def bind_child(session: Session, sock: AgentSocket, hello: Message, peer: 
     session.native.set_pid(peer.pid)
     session.native.bind(agent_sock, tids)
     session.listen_to(agent_sock)
-    _prefer(tids[1])
+    _prefer(tids[1], peer.uid)
 
 
 def _own_ranges(hello: Message) -> tuple[Range, ...]:
@@ -284,5 +292,8 @@ async def _greet(sock: AgentSocket, handlers: dict[Kind, Handler], may: Callable
         log.warning("%s: dropped: %s", who, error)
     except OSError as error:
         log.warning("%s: dropped: %s", who, error.strerror)
+    except Exception:
+        # Whatever one program sends, the others are served on.
+        log.exception("%s: dropped", who)
     finally:
         sock.close()

@@ -6,6 +6,7 @@ session.py's and dump.py's, in worker threads.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
@@ -23,7 +24,6 @@ from snapd.engine import NoticeKind
 from snapd.errors import (
     NoSuchProcess,
     NotCooperating,
-    NotEnoughMemory,
     NotPermitted,
     ProtocolError,
     SnapdError,
@@ -121,7 +121,8 @@ class Manager:
             work = Dump(session, self._state_dir, options, self._from_thread(progress))
             report = await self._in_thread(work.run)
             if session.store is not None:
-                await self._in_thread(session.store.trim)
+                with contextlib.suppress(OSError):  # a file system that can't punch holes
+                    await self._in_thread(session.store.trim)
         log.info(
             "pid %d: dumped %d MiB in %.2f s, %d stops, longest %d us",
             pid,
@@ -246,9 +247,14 @@ class Manager:
         fd = engine.notice_fd()
         while True:
             await trio.lowlevel.wait_readable(fd)
-            os.read(fd, 8)
-            for notice in engine.notices():
-                self._notice(notice)
+            with contextlib.suppress(BlockingIOError):
+                os.read(fd, 8)
+            self.take_notices()
+
+    def take_notices(self) -> None:
+        """Take what the engine has to say, now."""
+        for notice in engine.notices():
+            self._notice(notice)
 
     def _notice(self, notice: engine.Notice) -> None:
         session = self._sessions.get(notice.session)
@@ -294,25 +300,38 @@ class Manager:
                     return
 
     async def give_everything_back(self) -> None:
-        """Restore all sessions, for the end of the daemon. What does not fit into memory is said, and waits."""
+        """Restore all sessions, for the end of the daemon. What does not fit into memory is said, and waits.
+
+        A fork meanwhile makes a session more: the end is when a pass finds nothing out anywhere.
+        """
         told: set[int] = set()
         while True:
+            self.take_notices()
             waiting = False
             for session in list(self._sessions.values()):
-                try:
-                    async with session.doing(State.RESTORING):
-                        await self._in_thread(partial(session.restore, lambda _: None))
-                        await self._in_thread(session.empty_agent)
-                except TargetGone:
-                    continue
-                except NotEnoughMemory as error:
-                    waiting = True
-                    if session.pid not in told:
-                        told.add(session.pid)
-                        log.warning("%s", error)
-            if not waiting:
-                return
-            await trio.sleep(RETRY_SHUTDOWN_S)
+                waiting |= not await self._give_back(session, told)
+            self.take_notices()
+            left = [one for one in self._sessions.values() if one.state is not State.GONE and one.left_bytes()]
+            if not waiting and not left:
+                break
+            await trio.sleep(RETRY_SHUTDOWN_S if waiting else 0)
+        for session in list(self._sessions.values()):
+            with contextlib.suppress(TargetGone):
+                async with session.doing(State.RESTORING):
+                    await self._in_thread(session.empty_agent)
+
+    async def _give_back(self, session: Session, told: set[int]) -> bool:
+        try:
+            async with session.doing(State.RESTORING):
+                await self._in_thread(partial(session.restore, lambda _: None))
+        except TargetGone:
+            return True
+        except (SnapdError, OSError) as error:
+            if session.pid not in told:
+                told.add(session.pid)
+                log.warning("pid %d: not all back yet: %s", session.pid, error)
+            return False
+        return True
 
 
 def _nonce_of(pid: int, address: int) -> int:

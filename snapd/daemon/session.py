@@ -186,7 +186,7 @@ class Session:
         pages = 0
         try:
             if not self.pid:  # a child that was not found yet: its pages come back, the watch ends with it
-                pages += self.native.restore(*_EVERYWHERE)
+                pages += self._restore_unnamed()
                 return RestoreReport(pid=0, restored_bytes=pages * PAGE, duration_s=time.monotonic() - began)
             for start, end in _slices(self.native.regions()):
                 pages += self.native.restore(start, end)
@@ -195,8 +195,16 @@ class Session:
             self._release()
         except OSError as error:
             raise self._meaning(error) from error
+        if left := self.left_bytes():  # it goes on being served: who wants to leave must try again
+            raise NotEnoughMemory(self.pid, left)
         self._drop_stuck()
         return RestoreReport(pid=self.pid, restored_bytes=pages * PAGE, duration_s=time.monotonic() - began)
+
+    def _restore_unnamed(self) -> int:
+        try:
+            return self.native.restore(*_EVERYWHERE)
+        except OSError as error:
+            raise self._meaning(error) from error
 
     def _release(self) -> None:
         # What a fork leaves out and we watch is what we made so: such mappings are never chosen by themselves.
@@ -256,8 +264,9 @@ class Session:
 
     def empty_agent(self) -> None:
         """Tell the agent that nothing of it is out: it may greet the next daemon as new."""
-        if self.has_agent:
+        if self.has_agent and self.left_bytes() == 0:
             with contextlib.suppress(OSError):
+                self.native.release(self.sentinel, self.sentinel + PAGE)
                 self.native.call(agent.Message(agent.Kind.HOLD).pack())
 
     def close(self) -> None:

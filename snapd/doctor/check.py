@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What a check saw: `detail` in words, whether that is as it should be, and `mend`, the command that makes it so."""
+    """What a check saw, in words; whether that is as it should be; and `mend`, the command that makes it so."""
 
     detail: str
     ok: bool = True
@@ -27,13 +27,13 @@ class Finding:
 class Check:
     """One thing that decides whether snapd works here.
 
-    `needed`: nothing works without it; else something is worse without it. `without` says what that is. `probe` may
-    raise OSError for what it did not foresee.
+    `needed`: when it fails nothing works; else something is worse. `lost` says what. `probe` may raise OSError for
+    what it did not foresee.
     """
 
     name: str
     needed: bool
-    without: str
+    lost: str
     probe: Callable[[Scene], Finding]
 
     def run(self, scene: Scene) -> Result:
@@ -68,7 +68,7 @@ class Result:
             "ok": self.ok,
             "needed": self.check.needed,
             "detail": self.finding.detail,
-            "without": self.check.without,
+            "lost": self.check.lost,
             "mend": self.finding.mend,
         }
 

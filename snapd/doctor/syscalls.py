@@ -94,7 +94,7 @@ def memory() -> Iterator[tuple[mmap.mmap, int]]:
 
 @contextlib.contextmanager
 def child() -> Iterator[int]:
-    """Yield the pid of a child with the same memory contents, which only waits; it ends with the context, or with us."""
+    """Yield the pid of a child with the same memory that only waits; it ends with the context, or with us."""
     reading, writing = os.pipe()
     pid = os.fork()
     if not pid:

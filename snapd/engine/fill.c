@@ -275,8 +275,10 @@ static bool take(struct sn_session *session, struct fault *ret)
 			session->queue[first] = session->queue[--session->nqueue];
 			found = true;
 		} else if (first >= 0) {
+			useconds_t wait_us = (useconds_t)min_u64((session->queue[first].due_ns - now) / 1000 + 1, 10000);
+
 			pthread_mutex_unlock(&session->queue_lock);
-			usleep((useconds_t)((session->queue[first].due_ns - now) / 1000 + 1));
+			usleep(wait_us);
 			pthread_mutex_lock(&session->queue_lock);
 		} else {
 			pthread_cond_wait(&session->queue_ready, &session->queue_lock);

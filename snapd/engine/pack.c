@@ -13,6 +13,7 @@
 #include <sys/resource.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
+#include <time.h>
 #include <unistd.h>
 
 #define BATCH_PAGES 248 /* the frames of a batch, all raw, fit a segment */
@@ -57,10 +58,11 @@ void pack_continue(void)
 
 static void make_room(void)
 {
-	unsigned int n;
+	const struct timespec limit = {.tv_nsec = 20000000}; /* a target that does not let go holds nobody else up */
+	unsigned int n = __atomic_load_n(&stops, __ATOMIC_RELAXED);
 
-	while ((n = __atomic_load_n(&stops, __ATOMIC_RELAXED)) != 0)
-		syscall(SYS_futex, &stops, FUTEX_WAIT_PRIVATE, n, NULL, NULL, 0);
+	if (n)
+		syscall(SYS_futex, &stops, FUTEX_WAIT_PRIVATE, n, &limit, NULL, 0);
 }
 
 static bool is_zero(const unsigned char *page)

@@ -198,6 +198,7 @@ struct sn_session *sn_session_create(const struct sn_target *target, struct sn_s
 		return NULL;
 	*ret_error = session_start(session);
 	if (*ret_error) {
+		session->uffd = session->agent_sock = session->pm.fd = -1; /* still the caller's */
 		session_free(session);
 		return NULL;
 	}

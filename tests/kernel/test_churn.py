@@ -1,0 +1,80 @@
+"""Programs that do everything to their memory in several threads, under dumps without a pause: no wrong byte.
+
+SNAPD_TEST_SECONDS makes each of them longer; the suite's own runs are short.
+"""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.harness import Daemon, Spawner, rss_bytes
+from tests.kernel.driving import MIB, BackToBack, Figures, out_bytes
+
+SECONDS = int(os.environ.get("SNAPD_TEST_SECONDS", "12"))
+LIMIT_S = SECONDS + 60
+OUT_SHARE = 0.3
+
+
+@pytest.mark.timeout(LIMIT_S + 60)
+def test_eight_threads_of_churn_find_nothing_wrong(
+    daemon: Daemon, spawn: Spawner, figures: Figures, tmp_path: Path
+) -> None:
+    churn = spawn(
+        "churn", "--seconds", SECONDS, "--mib", 128, "--threads", 8, "--guards", "--direct", tmp_path / "file",
+        "--thp", 30, "--pace", 2000, "--window", 10, deadline_s=LIMIT_S,
+    )  # fmt: skip
+    shares = []
+    with BackToBack(daemon, churn.pid) as dumps:
+        end = time.monotonic() + SECONDS - 1
+        while time.monotonic() < end:
+            time.sleep(0.1)  # an instant that nothing here chooses
+            out = out_bytes(daemon, churn.pid)
+            shares.append(out / (out + rss_bytes(churn.pid)))
+        result = churn.result(LIMIT_S)
+    figures.note_stops(dumps.reports)
+    figures.note(
+        out_share_least=min(shares), out_share_median=sorted(shares)[len(shares) // 2],
+        operations=sum(result["ops"].values()), forks=result["forks"], moved_mib=dumps.total("moved_bytes") // MIB,
+        refused_whole=result["refused_whole"],
+    )  # fmt: skip
+    assert result["errors"] == 0
+    assert {name for name, count in result["ops"].items() if count == 0} == set()
+    assert sorted(shares)[len(shares) // 2] > OUT_SHARE
+    assert result["refused_whole"] == 0
+
+
+@pytest.mark.timeout(LIMIT_S + 60)
+def test_whole_mappings_stay_whole_for_the_programs_own_mremap(daemon: Daemon, spawn: Spawner) -> None:
+    churn = spawn(
+        "churn", "--mib", 64, "--threads", 4, "--seconds", SECONDS // 2, "--strict-mremap", "--pace", 300,
+        "--only", "rmw=50,hole=20,grow=10,shrink=10,dontunmap=10,dontneed=5,anew=1", deadline_s=LIMIT_S,
+    )  # fmt: skip
+    with BackToBack(daemon, churn.pid):
+        assert churn.result(LIMIT_S)["refused"] == 0
+
+
+@pytest.mark.timeout(LIMIT_S + 60)
+def test_busy_threads_that_discard_unmap_and_remap_find_nothing_wrong(
+    daemon: Daemon, spawn: Spawner, figures: Figures
+) -> None:
+    churn = spawn(
+        "churn", "--seconds", SECONDS // 2, "--mib", 64, "--threads", 6, "--seed", 7, "--areas", 8,
+        "--ops", "dontneed=600,free=200,anew=20,over=200,trim=100,grow=100,shrink=50,hole=100,dontunmap=40,fork=8",
+        deadline_s=LIMIT_S,
+    )  # fmt: skip
+    with BackToBack(daemon, churn.pid) as dumps:
+        result = churn.result(LIMIT_S)
+    figures.note(operations=sum(result["ops"].values()), forks=result["forks"], dumps=len(dumps.reports))
+    assert result["errors"] == 0
+
+
+@pytest.mark.timeout(LIMIT_S + 60)
+def test_python_with_a_fork_pool_threads_and_mappings_works_on(daemon: Daemon, spawn: Spawner) -> None:
+    pooled = spawn("pooled", "--seconds", SECONDS // 2, "--mib", 48, deadline_s=LIMIT_S)
+    with BackToBack(daemon, pooled.pid, pause_s=0.1) as dumps:
+        result = pooled.result(LIMIT_S)
+    assert result["errors"] == 0
+    assert all(result["done"].values())
+    assert dumps.total("moved_bytes") > 48 * MIB

@@ -1,0 +1,31 @@
+"""Memory that a device writes while it is being dumped: fixed buffers stay, transfers in flight arrive."""
+
+from pathlib import Path
+
+from tests.harness import Daemon, Spawner
+from tests.kernel.driving import MIB, PAGE, BackToBack, Figures, present
+from tests.peers import lacking
+
+FIXED_PAGES = 8
+
+
+def test_devices_read_and_write_the_programs_memory_under_back_to_back_dumps(
+    daemon: Daemon, spawn: Spawner, figures: Figures, tmp_path: Path
+) -> None:
+    pins = spawn("pins", "--seconds", 8, "--mib", 48, "--dir", tmp_path, "--pace", 500, "--threads", 2, wait=False)
+    first = pins.receive()
+    if "skipped" in first:
+        assert pins.wait() == 77
+        lacking(first["skipped"])
+    daemon.wait_for_session(pins.pid)
+    buffers = first["fixed_address"]
+    for _ in range(3):
+        assert daemon.dump(pins.pid).pinned_bytes >= FIXED_PAGES * PAGE
+        assert all(present(pins.pid, buffers, buffers + FIXED_PAGES * PAGE))
+    with BackToBack(daemon, pins.pid) as dumps:
+        result = pins.result()
+    figures.note_stops(dumps.reports)
+    figures.note(**{name: result[name] for name in ("fixed_reads", "async_reads", "thread_reads")})
+    assert result["errors"] == result["interrupted"] == 0
+    assert result["fixed_reads"] > 10
+    assert dumps.total("moved_bytes") > 48 * MIB
