@@ -182,7 +182,7 @@ class Manager:
             # The program has been replaced by exec, and its new agent was quicker than the end of the old connection.
             with trio.move_on_after(agents.HANDSHAKE_S):
                 await old.gone.wait()
-            if self._find(peer.pid) is old:
+            if not old.gone.is_set():
                 raise ProtocolError(f"pid {peer.pid} has an agent already")
         try:
             with trio.fail_after(agents.HANDSHAKE_S):

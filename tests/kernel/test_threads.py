@@ -43,13 +43,6 @@ def test_threads_are_born_and_end_under_back_to_back_dumps(joins: Target, daemon
     joins.quit()
 
 
-def test_robust_mutex_of_a_thread_that_ends_is_given_to_the_next_one(daemon: Daemon, spawn: Spawner) -> None:
-    joins = spawn("joins", "--mib", 16)
-    joins.ask("dead")
-    daemon.dump(joins.pid)
-    assert joins.ask("bury", timeout_s=20)["owner_dead"]
-
-
 def test_stops_with_eight_sleeping_threads_are_short(daemon: Daemon, spawn: Spawner, figures: Figures) -> None:
     hold = spawn("hold", "--mib", 128)
     hold.ask("threads", 8)
