@@ -16,9 +16,11 @@ enum snapd_wire_kind {
 	SNAPD_MAKE = 2,       /* daemon: make a userfaultfd from the device that comes along */
 	SNAPD_HOLD = 3,       /* daemon: keep these fds (store, page map) */
 	SNAPD_STAGE = 4,      /* map an empty private anonymous area near dest */
-	SNAPD_MOVE = 5,       /* pairs of runs: mremap(DONTUNMAP) the first to the hint in the second; asides are DONTFORK */
+	/* pairs of runs: mremap(DONTUNMAP) the first to the hint in the second; asides are DONTFORK */
+	SNAPD_MOVE = 5,
 	SNAPD_GUARD = 6,      /* install guards on the runs */
-	SNAPD_PIN = 7,        /* pairs of runs: UFFDIO_MOVE the first (aside) to the second (staging); pinned runs come back */
+	/* pairs of runs: UFFDIO_MOVE the first (aside) to the second (staging); pinned runs come back */
+	SNAPD_PIN = 7,
 	SNAPD_BACK = 8,       /* return addr to dest: DOFORK, then mremap(FIXED) */
 	SNAPD_UNMAP = 9,      /* munmap the runs */
 	SNAPD_ADVISE = 10,    /* madvise(value) on the runs */
@@ -39,8 +41,8 @@ struct snapd_run {
 	__u64 start, length;
 };
 
-/* In the reply to MOVE the second of each pair is {new address, 0} or {0, errno}. In the reply to PIN that could not go on
- * (REPLY_MORE, or an error) dest is the pair and value the address where it stopped.
+/* In the reply to MOVE the second of each pair is {new address, 0} or {0, errno}. In the reply to PIN that could
+ * not go on (REPLY_MORE, or an error) dest is the pair and value the address where it stopped.
  *
  * status: 0 or a negative errno. In a reply addr, length and dest are the command's, value is the result. */
 struct snapd_wire {

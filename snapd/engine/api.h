@@ -114,8 +114,8 @@ int sn_next_piece(int pagemap_fd, uint64_t start, uint64_t end, uint64_t max_pag
 		  uint64_t *ret);
 int sn_watched(int pagemap_fd, uint64_t address); /* 1: registered for asynchronous write-protect */
 
-/* Steps 2 to 5 of a dump for one piece: stop, move, look, pin pass, go on. intervals: pairs of start and end, each inside
- * one mapping, at most 20. hint: the middle of a wide hole in the target, or 0. */
+/* Steps 2 to 5 of a dump for one piece: stop, move, look, pin pass, go on. intervals: pairs of start and end, each
+ * inside one mapping, at most 20. hint: the middle of a wide hole in the target, or 0. */
 struct sn_piece *sn_piece_create(struct sn_session *session, const uint64_t *intervals, int nintervals, uint64_t hint);
 int sn_piece_move(struct sn_piece *piece, struct sn_piece_report *ret);
 /* Step 6, in two halves: queue the piece for the packing threads, and wait until they are done. */
@@ -132,7 +132,8 @@ int sn_restore(struct sn_session *session, uint64_t start, uint64_t end, uint64_
 /* Stops watching a whole mapping in which nothing is out. -EBUSY while something is. */
 int sn_release(struct sn_session *session, uint64_t start, uint64_t end);
 
-/* One command to the agent; for what needs no engine state. message is a struct snapd_wire of 1024 bytes, in and out. */
+/* One command to the agent; for what needs no engine state. message is a struct snapd_wire of 1024 bytes, in and
+ * out. */
 int sn_agent_call(struct sn_session *session, void *message);
 void sn_page_map_trim(struct sn_session *session);
 

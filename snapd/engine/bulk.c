@@ -70,7 +70,8 @@ bool bulk_next(struct sn_session *session, uint64_t *at, uint64_t end, struct ru
 			uint64_t index = record->first + (address - record->start) / PAGE;
 			uint64_t entry = session->pm.entries[index];
 			bool stored = ENTRY_STATE(entry) == ST_STORED && !(entry & ENTRY_MOVING);
-			bool single = entry & ENTRY_MOVING || ENTRY_STATE(entry) == ST_ASIDE || ENTRY_STATE(entry) == ST_BAD;
+			bool single = entry & ENTRY_MOVING || ENTRY_STATE(entry) == ST_ASIDE ||
+				ENTRY_STATE(entry) == ST_BAD;
 
 			if (ret->n && (!stored || ret->n == RUN_PAGES))
 				break;
@@ -152,7 +153,8 @@ static bool unchanged(struct sn_session *session, const struct run *run, uint64_
 	long i = pm_find(table, run->start + from * PAGE);
 	const struct record *record = i >= 0 ? &table->records[i] : NULL;
 
-	if (!record || record->first == NO_ENTRIES || record->first + (run->start + from * PAGE - record->start) / PAGE != run->first + from ||
+	if (!record || record->first == NO_ENTRIES ||
+		record->first + (run->start + from * PAGE - record->start) / PAGE != run->first + from ||
 	    record->start + record->npages * PAGE < run->start + (from + count) * PAGE)
 		return false;
 	for (uint64_t k = from; k < from + count; k++)

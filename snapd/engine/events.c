@@ -124,7 +124,8 @@ static void vacate(struct batch *batch, unsigned int i, uint64_t start, uint64_t
 		    overlap(m->arg.remap.from, m->arg.remap.from + m->arg.remap.len, start, end) &&
 		    occupied(pm_table(&batch->session->pm), start, end))
 			apply_one(batch, k);
-		else if (m->event == SNAPD_UFFD_EVENT_UNMAP && overlap(m->arg.remove.start, m->arg.remove.end, start, end))
+		else if (m->event == SNAPD_UFFD_EVENT_UNMAP && overlap(m->arg.remove.start, m->arg.remove.end,
+			start, end))
 			apply_one(batch, k);
 	}
 }

@@ -1,8 +1,8 @@
 /* Fills: the answer to a missing page, from the aside, from the store, or zeros.
  *
  * A fill looks the page up and decodes it without the lock, then holds the lock shared to look again and COPY: an event
- * applied in between changes the entry, and the fill starts anew. No GIL, no allocation, no wait for Python or the agent.
- */
+ * applied in between changes the entry, and the fill starts anew. No GIL, no allocation, no wait for Python or the
+ * agent. */
 #include "internal.h"
 
 #include <errno.h>
@@ -201,7 +201,8 @@ enum fill_result fill_page(struct sn_session *session, struct filler *filler, ui
 				ret = poison(session, &place, address, (int)error);
 				break;
 			}
-			/* A page that equals its frame is write-protected: PAGEMAP_SCAN tells later whether it still does. */
+			/* A page that equals its frame is write-protected: PAGEMAP_SCAN tells later whether it
+			 * still does. */
 			result = uffd_copy(session->uffd, address, filler->page, PAGE,
 					   state == ST_STORED ? SNAPD_UFFDIO_COPY_MODE_WP : 0, NULL);
 			filler->from_store = result == UFFD_DONE && state == ST_STORED;
@@ -275,7 +276,8 @@ static bool take(struct sn_session *session, struct fault *ret)
 			session->queue[first] = session->queue[--session->nqueue];
 			found = true;
 		} else if (first >= 0) {
-			useconds_t wait_us = (useconds_t)min_u64((session->queue[first].due_ns - now) / 1000 + 1, 10000);
+			uint64_t left_us = (session->queue[first].due_ns - now) / 1000 + 1;
+			useconds_t wait_us = (useconds_t)min_u64(left_us, 10000);
 
 			pthread_mutex_unlock(&session->queue_lock);
 			usleep(wait_us);

@@ -42,8 +42,8 @@ static inline bool entry_has_frame(uint64_t e)
 	return ENTRY_STATE(e) == ST_STORED || ENTRY_STATE(e) == ST_FILLED;
 }
 
-/* npages of the target from start are entries from first; aside: where moved pages are now, or 0. What is watched and was
- * never moved has a record without entries: an event that ends it must not be taken for another's. */
+/* npages of the target from start are entries from first; aside: where moved pages are now, or 0. What is watched
+ * and was never moved has a record without entries: an event that ends it must not be taken for another's. */
 struct record {
 	uint64_t start, npages, first, aside;
 };
@@ -267,7 +267,8 @@ void *reader_main(void *session);
 enum fill_result { FILL_DONE, FILL_LATER, FILL_NO_MEMORY, FILL_WOULD_BLOCK, FILL_GONE };
 int filler_init(struct filler *filler);
 void filler_deinit(struct filler *filler);
-enum fill_result fill_page(struct sn_session *session, struct filler *filler, uint64_t address, bool write, bool nowait);
+enum fill_result fill_page(struct sn_session *session, struct filler *filler, uint64_t address, bool write,
+	bool nowait);
 void fill_count(struct sn_session *session, uint64_t since_ns);
 int fill_queue(struct sn_session *session, struct fault fault);
 void *filler_main(void *session);
@@ -300,7 +301,8 @@ struct prefetch;
 struct prefetch *prefetch_create(struct sn_session *session);
 void prefetch_destroy(struct prefetch *prefetch);
 void prefetch_note(struct prefetch *prefetch, uint64_t address); /* a stored page was filled on demand */
-bool prefetch_step(struct prefetch *prefetch);			 /* fills a few pages; false when there is nothing to do */
+/* fills a few pages; false when there is nothing to do */
+bool prefetch_step(struct prefetch *prefetch);
 
 /* stop.c */
 #define MAX_THREADS 8192

@@ -1,8 +1,7 @@
 /* Doors for tests: a page map without a target, driven by synthetic events.
  *
- * The stateful test compares what the real code makes of any order of events with a plain model. Nothing here is used by
- * the daemon.
- */
+ * The stateful test compares what the real code makes of any order of events with a plain model. Nothing here is
+ * used by the daemon. */
 #include "internal.h"
 
 #include <errno.h>

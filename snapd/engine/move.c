@@ -1,8 +1,7 @@
 /* One stop: stage before it, then stop, recheck, watch, move, look, pin pass, go on. The order is docs/design.md's.
  *
- * Inside the stop nothing is allocated and nothing logged. Knows the page map and the mover; the piece's life before and
- * after is piece.c's.
- */
+ * Inside the stop nothing is allocated and nothing logged. Knows the page map and the mover; the piece's life
+ * before and after is piece.c's. */
 #include "internal.h"
 
 #include <errno.h>
@@ -286,7 +285,8 @@ static int move(struct sn_piece *piece)
 		if (!span->aside) {
 			unclaim(piece, span, outcome_of_mremap(-span->cause));
 		} else if (where_it_went(piece, i) != span->aside) {
-			/* No event: the mapping was not ours to watch. Nothing runs: it goes back as if nothing had been. */
+			/* No event: the mapping was not ours to watch. Nothing runs: it goes back as if nothing had
+			 * been. */
 			if (move_back(session, span->aside, span->start, span_bytes(span)) == 0)
 				span->aside = 0;
 			unclaim(piece, span, SN_CHANGED);
@@ -452,7 +452,9 @@ static void pin_pass(struct sn_piece *piece)
 			/* Guards and poison in between would fail the move; clean pages and zero pages do not. */
 			if (open && page - last_dirty <= MERGE_GAP &&
 			    plain_between(piece, span->base + last_dirty + 1, span->base + page)) {
-				pairs[2 * npairs - 2].length = span->aside + (page + 1) * PAGE - pairs[2 * npairs - 2].start;
+				uint64_t to = span->aside + (page + 1) * PAGE;
+
+				pairs[2 * npairs - 2].length = to - pairs[2 * npairs - 2].start;
 			} else {
 				if (npairs == SNAPD_WIRE_RUNS / 2) {
 					pin_runs(piece, pairs, npairs);
@@ -480,7 +482,8 @@ static void return_pinned(struct sn_piece *piece, struct span *span, struct sn_p
 
 		while (page + count < span->npages && decisions[page + count] == PINNED)
 			count++;
-		if (count && move_back(piece->session, span->aside + page * PAGE, span->start + page * PAGE, count * PAGE)) {
+		if (count && move_back(piece->session, span->aside + page * PAGE, span->start + page * PAGE,
+			count * PAGE)) {
 			mark(piece, span->aside + page * PAGE, count * PAGE, LEFT_ASIDE);
 			span->keep_aside = true;
 		}

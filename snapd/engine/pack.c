@@ -122,7 +122,8 @@ static int write_batch(struct sn_session *session, struct batch *batch, struct s
 }
 
 /* Reads only pages that are aside: a missing page of the staging would make this thread wait for a fill of its own. */
-static int pack_job(const struct job *job, struct frame_packer *packer, struct batch *batch, struct sn_pack_report *report)
+static int pack_job(const struct job *job, struct frame_packer *packer, struct batch *batch,
+	struct sn_pack_report *report)
 {
 	struct sn_session *session = job->piece->session;
 	struct iovec local, remote[BATCH_PAGES];
@@ -177,7 +178,8 @@ static void *pack_main(void *unused)
 	(void)unused;
 	setpriority(PRIO_PROCESS, (id_t)syscall(SYS_gettid), 10);
 	batch.pages = mmap(NULL, BATCH_PAGES * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-	batch.frames = mmap(NULL, BATCH_PAGES * FRAME_MAX + PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	batch.frames = mmap(NULL, BATCH_PAGES * FRAME_MAX + PAGE, PROT_READ | PROT_WRITE,
+		MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	if (!packer || batch.pages == MAP_FAILED || batch.frames == MAP_FAILED) {
 		notify(&(struct sn_notice){.kind = SN_NOTICE_TROUBLE, .cause = ENOMEM});
 		return NULL;

@@ -251,7 +251,8 @@ void pm_add_debt(struct table *table, uint64_t start, uint64_t end)
 	table->debts[table->ndebts++] = (struct debt){start, end};
 }
 
-/* Takes [start, end) out of the list; a middle cut splits one in two while there is room. Returns whether it met any. */
+/* Takes [start, end) out of the list; a middle cut splits one in two while there is room. Returns whether it met
+ * any. */
 static bool take(struct debt *list, int *n, int capacity, uint64_t start, uint64_t end)
 {
 	bool met = false;

@@ -177,7 +177,8 @@ int sn_piece_drop(struct sn_piece *piece, uint64_t slice, unsigned int breath_us
 		for (uint64_t at = 0; at < runs[i].length && !error; at += slice) {
 			struct snapd_run run = {runs[i].start + at, min_u64(slice, runs[i].length - at)};
 
-			/* Until the mover has run after its event every COPY into the target says EAGAIN: make room for it. */
+			/* Until the mover has run after its event every COPY into the target says EAGAIN: make room
+			 * for it. */
 			pthread_mutex_lock(&session->mover);
 			pack_pause();
 			error = mover_unmap(session, &run, 1);

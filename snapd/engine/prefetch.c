@@ -1,8 +1,8 @@
 /* Prefetch: what a demand fill says about the next ones. A program that walks through its memory gets it in runs.
  *
- * A few streams are followed; a fault where a stream is expected to go on doubles its window. Done by the reader between
- * faults, a few pages at a time, so that a demand fill never waits for more than one step. Never waits for a disk.
- */
+ * A few streams are followed; a fault where a stream is expected to go on doubles its window. Done by the reader
+ * between faults, a few pages at a time, so that a demand fill never waits for more than one step. Never waits for
+ * a disk. */
 #include "internal.h"
 
 #include <stdlib.h>

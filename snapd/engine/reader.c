@@ -67,7 +67,8 @@ static unsigned int collect(struct sn_session *session, struct pending *pending)
 		}
 		if (got)
 			continue;
-		if (!n || session->in_stop || n + READ_SLOTS > RING_SLOTS || !uffd_changing(session->uffd) || now_ns() > deadline)
+		if (!n || session->in_stop || n + READ_SLOTS > RING_SLOTS || !uffd_changing(session->uffd) ||
+			now_ns() > deadline)
 			break;
 		usleep(WHOLE_PAUSE_US);
 	}
@@ -162,7 +163,8 @@ static void give_page(struct sn_session *session, uint64_t index, const void *pa
 		if (result == UFFD_GONE)
 			session_gone(session);
 		if (result == UFFD_DONE && lost)
-			notify(&(struct sn_notice){.kind = SN_NOTICE_BAD_FRAME, .session = session->id, .address = address,
+			notify(&(struct sn_notice){.kind = SN_NOTICE_BAD_FRAME, .session = session->id,
+				.address = address,
 						   .cause = -ESRCH});
 		if (result != UFFD_AGAIN && result != UFFD_NO_MEMORY)
 			return;

@@ -103,7 +103,8 @@ int sn_release(struct sn_session *session, uint64_t start, uint64_t end)
 	struct table *table;
 	int error = 0;
 
-	/* Nothing may become missing or stored between the look and the end of the watch: no event is applied meanwhile. */
+	/* Nothing may become missing or stored between the look and the end of the watch: no event is applied
+	 * meanwhile. */
 	pthread_rwlock_wrlock(&session->lock);
 	table = pm_table(&session->pm);
 	for (long i = pm_first_at(table, start); i < (long)table->nrecords && table->records[i].start < end; i++)
@@ -121,7 +122,8 @@ int sn_release(struct sn_session *session, uint64_t start, uint64_t end)
 		table = pm_edit(&session->pm);
 		n = pm_cut(table, start, end, session->scratch, MAX_RECORDS);
 		for (long i = 0; i < n; i++)
-			for (uint64_t k = 0; session->scratch[i].first != NO_ENTRIES && k < session->scratch[i].npages; k++)
+			for (uint64_t k = 0; session->scratch[i].first != NO_ENTRIES &&
+				k < session->scratch[i].npages; k++)
 				entry_put(session, session->scratch[i].first + k, ST_NONE);
 		pm_commit(&session->pm, pm_applied(&session->pm));
 	}

@@ -1,9 +1,8 @@
 /* The stop: all threads of the target but the agent's stand, by ptrace, for about a millisecond.
  *
- * The tracer is the calling thread; when it dies the kernel lets all go. A thread that was interrupted in a blocking call
- * goes back into it: the kernel restarts most by itself; those that it answers with EINTR are restarted here where they
- * have no time-out. Owns threads and their registers; knows nothing of memory.
- */
+ * The tracer is the calling thread; when it dies the kernel lets all go. A thread that was interrupted in a
+ * blocking call goes back into it: the kernel restarts most by itself; those that it answers with EINTR are
+ * restarted here where they have no time-out. Owns threads and their registers; knows nothing of memory. */
 #include "internal.h"
 
 #define SNAPD_ARCH_REGS
@@ -302,7 +301,8 @@ static void *survey_main(void *arg)
 		const struct thread *thread = &job->stop->threads[i];
 
 		if (thread->have_regs)
-			job->ret[job->n++] = (struct sn_thread){thread->tid, arch_sp(&thread->regs), arch_tls(&thread->regs)};
+			job->ret[job->n++] = (struct sn_thread){thread->tid, arch_sp(&thread->regs),
+				arch_tls(&thread->regs)};
 	}
 	stop_end(job->stop);
 	job->stop_ns = now_ns() - began;

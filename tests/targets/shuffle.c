@@ -1,7 +1,7 @@
-/* Threads that each mremap an area of their own, again and again, to another size and onto a fresh reservation: what one
- * of them gives up is where the next one lands at once. So unmaps and moves of different threads meet at the same
- * addresses, and who hears of them may hear of them in another order than they happened in.
- * Replies are JSON lines as those of hold; a wrong byte is one line on stderr and exit status 1.
+/* Threads that each mremap an area of their own, again and again, to another size and onto a fresh reservation:
+ * what one of them gives up is where the next one lands at once. So unmaps and moves of different threads meet at
+ * the same addresses, and who hears of them may hear of them in another order than they happened in. Replies are
+ * JSON lines as those of hold; a wrong byte is one line on stderr and exit status 1.
  *
  *   shuffle [--threads 2] [--pages 4096] [--seed 1]
  *
