@@ -282,7 +282,7 @@ async def _greet(sock: AgentSocket, handlers: dict[Kind, Handler], may: Callable
             if handler is None:
                 raise ProtocolError(f"an agent began with {hello.kind.name}")
             await handler(sock, hello, peer)
-    except EOFError:
+    except (EOFError, ConnectionError):
         log.debug("%s: gone", who)
     except trio.TooSlowError:
         log.warning("%s: dropped: it says nothing", who)
