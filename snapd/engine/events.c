@@ -122,7 +122,9 @@ static void vacate(struct batch *batch, unsigned int i, uint64_t start, uint64_t
 			continue;
 		if (m->event == SNAPD_UFFD_EVENT_REMAP &&
 		    overlap(m->arg.remap.from, m->arg.remap.from + m->arg.remap.len, start, end) &&
-		    occupied(pm_table(&batch->session->pm), start, end))
+		    /* All of what it takes along: its own UNMAP, next in the batch, must not come before it. */
+		    occupied(pm_table(&batch->session->pm), m->arg.remap.from,
+			     m->arg.remap.from + m->arg.remap.len))
 			apply_one(batch, k);
 		else if (m->event == SNAPD_UFFD_EVENT_UNMAP && overlap(m->arg.remove.start, m->arg.remove.end,
 			start, end))
