@@ -9,7 +9,6 @@ import contextlib
 import json
 import math
 import platform
-import random
 import shutil
 import signal
 import sys
@@ -17,11 +16,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -31,18 +28,14 @@ from snapd import __version__
 from snapd.cli import output
 from snapd.errors import SnapdError
 from snapd.protocol.reports import DumpReport
-from tests.harness import Daemon, HarnessError, Spawner, rss_bytes, wait_until
-from tests.targets.objects import make_record
+from tests.harness import Daemon, HarnessError, Spawner, rss_bytes
+from tests.keys import BUSY_SHARE, Keys
 
 COLUMNS: Final = 80
 START_S: Final = 120.0
-BATCH: Final = 500
 MB: Final = 1e6
 OBJECTS_SHARE: Final = 0.875
 """What objects.py's objects take at least of the size that it is asked for, with CPython 3.11."""
-
-BUSY_SHARE: Final = 20
-"""The load of redis is on every twentieth key."""
 
 
 class Work:
@@ -120,118 +113,6 @@ class Objects:
     def end(self) -> None:
         """End it; its exit status must be 0."""
         self._target.quit()
-
-
-class Values:
-    """What each redis key must hold: text that is made anew from the key's number and version at any moment."""
-
-    def __init__(self) -> None:
-        """Make the pool of records that values are composed of."""
-        rng = random.Random(1)
-        self._records = [json.dumps(make_record(rng, number)).encode() for number in range(4096)]
-
-    def text(self, number: int, version: int) -> bytes:
-        """Return the value of a string key, about a kilobyte."""
-        first, second = (hash((number, version, part)) % len(self._records) for part in (1, 2))
-        return b"%d/%d %s %s" % (number, version, self._records[first], self._records[second][:400])
-
-    def fields(self, number: int, version: int) -> dict[bytes, bytes]:
-        """Return the value of a hash key."""
-        text = self.text(number, version)
-        return {b"field%d" % at: text[at : at + 256] for at in range(0, len(text), 256)}
-
-
-class Keys:
-    """A redis-server on a Unix socket, and a client that knows every value in it."""
-
-    name = "redis"
-    operation = "request"
-    pause_s = 0.001
-
-    def __init__(self, spawn: Spawner, daemon: Daemon, count: int) -> None:
-        """Start the server."""
-        socket = daemon.directory / "redis.sock"
-        options = {"port": 0, "unixsocket": socket, "dir": daemon.directory, "logfile": daemon.directory / "redis.log"}
-        argv = ["redis-server", *(word for name, value in options.items() for word in (f"--{name}", str(value)))]
-        self._target = spawn.program(argv, wait=False, deadline_s=START_S + count / 1000)
-        # No second tries: a request that fails is what this is here to see.
-        self._client = redis.Redis(unix_socket_path=str(socket), socket_timeout=START_S, retry=Retry(NoBackoff(), 0))
-        self._daemon = daemon
-        self._count = count
-        self._versions: dict[int, int] = {}
-        self._values = Values()
-        self._rng = random.Random(1)
-        self.pid = self._target.pid
-
-    @staticmethod
-    def _key(number: int) -> bytes:
-        return b"object:%08d" % number
-
-    @staticmethod
-    def _is_hash(number: int) -> bool:
-        return number % 8 == 7
-
-    def _answers(self) -> bool:
-        if not self._target.alive:
-            raise HarnessError(f"redis-server ended at once: {self._target.stderr()}")
-        with contextlib.suppress(redis.ConnectionError):
-            return bool(self._client.ping())
-        return False
-
-    def prepare(self) -> None:
-        """Wait until it answers and is managed, and give it all keys."""
-        wait_until(self._answers, "an answer of redis-server")
-        self._daemon.wait_for_session(self.pid)
-        for first in range(0, self._count, BATCH):
-            pipe = self._client.pipeline(transaction=False)
-            for number in range(first, min(first + BATCH, self._count)):
-                if self._is_hash(number):
-                    pipe.hset(self._key(number), mapping=cast("dict[Any, Any]", self._values.fields(number, 0)))
-                else:
-                    pipe.set(self._key(number), self._values.text(number, 0))
-            pipe.execute()
-
-    def work(self) -> None:
-        """Read one value, compare it and write the next version of it."""
-        number = self._rng.randrange(0, self._count, BUSY_SHARE)
-        version = self._versions.get(number, 0)
-        if self._is_hash(number):
-            self._compare(number, self._client.hgetall(self._key(number)))
-            new = self._values.fields(number, version + 1)
-            pipe = self._client.pipeline()
-            pipe.delete(self._key(number))
-            pipe.hset(self._key(number), mapping=cast("dict[Any, Any]", new))
-            pipe.execute()
-        else:
-            self._compare(number, self._client.get(self._key(number)))
-            self._client.set(self._key(number), self._values.text(number, version + 1))
-        self._versions[number] = version + 1
-
-    def _compare(self, number: int, found: object) -> None:
-        version = self._versions.get(number, 0)
-        make: Callable[[int, int], object] = self._values.fields if self._is_hash(number) else self._values.text
-        if found != make(number, version):
-            raise HarnessError(f"redis key {self._key(number).decode()} is not as version {version}: {found!r:.200}")
-
-    def verify(self) -> str:
-        """Compare every value; returns what was verified. HarnessError for the first that is not as it must be."""
-        for first in range(0, self._count, BATCH):
-            numbers = range(first, min(first + BATCH, self._count))
-            pipe = self._client.pipeline(transaction=False)
-            for number in numbers:
-                (pipe.hgetall if self._is_hash(number) else pipe.get)(self._key(number))
-            for number, found in zip(numbers, pipe.execute(), strict=True):
-                self._compare(number, found)
-        if (keys := self._client.dbsize()) != self._count:
-            raise HarnessError(f"redis has {keys} keys, and {self._count} were given to it")
-        return f"{self._count:,} values compared"
-
-    def end(self) -> None:
-        """Shut it down; its exit status must be 0."""
-        self._client.shutdown(nosave=True)
-        self._client.close()
-        if status := self._target.wait():
-            raise HarnessError(f"redis-server exited with status {status}")
 
 
 @dataclass(slots=True)

@@ -160,6 +160,16 @@ def present(pid: int, start: int, end: int) -> list[bool]:
     return [bool(entry & _PRESENT) for (entry,) in struct.iter_unpack("<Q", data)]
 
 
+def stores_of(daemon: Daemon) -> list[Path]:
+    """Return where the stores are that the daemon has open: files without a name, by its descriptors."""
+    found: dict[int, Path] = {}
+    for link in Path(f"/proc/{daemon.pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            if str(link.readlink()).startswith(f"{daemon.state_dir}/"):
+                found.setdefault(link.stat().st_ino, link)
+    return list(found.values())
+
+
 def out_bytes(daemon: Daemon, pid: int) -> int:
     """Return what of a process is out of memory, by its session."""
     session = daemon.session(pid)

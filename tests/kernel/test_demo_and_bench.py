@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import redis
 
-from tests.demo import Keys
 from tests.harness import Daemon, HarnessError, Spawner, wait_until
+from tests.keys import Keys
 from tests.peers import require
 
 pytestmark = pytest.mark.kernel
