@@ -104,14 +104,16 @@ int sn_release(struct sn_session *session, uint64_t start, uint64_t end)
 	int error = 0;
 
 	/* Nothing may become missing or stored between the look and the end of the watch: no event is applied
-	 * meanwhile. */
+	 * meanwhile. A mapping with a lost page stays watched: only the page map knows a poison marker from a swapped
+	 * page, and who looks must go on seeing that something is lost. */
 	pthread_rwlock_wrlock(&session->lock);
 	table = pm_table(&session->pm);
 	for (long i = pm_first_at(table, start); i < (long)table->nrecords && table->records[i].start < end; i++)
 		for (uint64_t k = 0; table->records[i].first != NO_ENTRIES && k < table->records[i].npages; k++) {
 			uint64_t entry = session->pm.entries[table->records[i].first + k];
 
-			if (entry & ENTRY_MOVING || ENTRY_STATE(entry) == ST_STORED || ENTRY_STATE(entry) == ST_ASIDE)
+			if (entry & ENTRY_MOVING || ENTRY_STATE(entry) == ST_STORED ||
+			    ENTRY_STATE(entry) == ST_ASIDE || ENTRY_STATE(entry) == ST_BAD)
 				error = -EBUSY;
 		}
 	if (!error)
