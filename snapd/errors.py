@@ -202,6 +202,16 @@ class SharedMemory(SnapdError):
     exit_code = 27
 
 
+@dataclass(eq=False)
+class AgentSilent(SnapdError):
+    """The agent of process {pid} does not answer: let the process go on if something keeps it from running, or start
+    it anew; meanwhile its pages are served and can be restored.
+    """
+
+    pid: int
+    exit_code = 28
+
+
 # Room and stores: 30 to 39.
 
 

@@ -92,7 +92,7 @@ class Daemon:
         self.state_dir = self.directory / "state"
         self.log_path = self.directory / "daemon.log"
         self._allowed: list[re.Pattern[str]] = []
-        self._killed = False
+        self._killed = self._ending = False
         environ = {
             "PYTHONFAULTHANDLER": "1",
             "SNAPD_RUNTIME_DIR": str(self.runtime_dir),
@@ -201,6 +201,11 @@ class Daemon:
             if _ALARMING.search(line) and not any(pattern.search(line) for pattern in self._allowed)
         ]
 
+    def terminate(self) -> None:
+        """Send SIGTERM and do not wait: `stop` does, at the end at the latest."""
+        self._ending = True
+        self.process.terminate()
+
     def stop(self, timeout_s: float = STOP_S) -> None:
         """End it by SIGTERM, or by SIGKILL when that takes too long; HarnessError for all that was not right."""
         if not self.directory.exists():
@@ -220,7 +225,7 @@ class Daemon:
         group = self.process.pid
         if self._killed:
             signal_group(group, signal.SIGTERM)
-        elif self.process.poll() is not None:
+        elif self.process.poll() is not None and not self._ending:
             faults.append(f"it had ended by itself with status {self.process.returncode}")
         else:
             self.process.terminate()

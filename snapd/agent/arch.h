@@ -105,6 +105,31 @@ static inline void arch_restart(arch_regs *regs)
 {
 	regs->rax = (unsigned long)-514L;
 }
+
+#define ARCH_CALL_BYTES 2UL
+static inline unsigned long arch_ip(const arch_regs *regs)
+{
+	return regs->rip;
+}
+
+static inline int arch_is_call(long word)
+{
+	return (word & 0xffff) == 0x050f;
+}
+
+static inline long arch_with_call(long word)
+{
+	return (word & ~0xffffL) | 0x050f;
+}
+
+/* The thread makes this call next, with 0 as its argument, at an address that has the instruction for it. */
+static inline void arch_call(arch_regs *regs, unsigned long at, long number)
+{
+	regs->rip = at;
+	regs->rax = (unsigned long)number;
+	regs->orig_rax = (unsigned long)-1L;
+	regs->rdi = 0;
+}
 #endif
 
 #endif

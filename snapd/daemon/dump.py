@@ -84,8 +84,9 @@ class Dump:
     def run(self) -> DumpReport:
         """Do it; returns the figures.
 
-        Raises TargetGone, TargetStopped, TargetTraced, SharedMemory before or during; StoreFull or StoreFailed when
-        the store can't take it: then every page is back in the target, in the store, or still aside and served.
+        Raises TargetGone, TargetStopped, AgentSilent, TargetTraced, SharedMemory before or during; StoreFull or
+        StoreFailed when the store can't take it: then every page is back in the target, in the store, or still aside
+        and served.
         """
         began = time.monotonic()
         self._check_target()
@@ -129,6 +130,8 @@ class Dump:
             raise TargetStopped(self._pid)  # its agent stands too
         if status.get("TracerPid", "0") != "0":
             raise TargetTraced(self._pid)
+        self._session.answers()
+        self._session.drop_stuck()
         self._check_sharing()
         free = os.statvfs(self._state_dir)
         if free.f_bavail * free.f_frsize < MIN_STORE_FREE_BYTES:
@@ -319,7 +322,8 @@ class Dump:
                 piece.drop(DROP_SLICE_BYTES, DROP_BREATH_US)
             except OSError as error:
                 if error.errno not in (errno.EPIPE, errno.ESRCH) and self._native.alive():
-                    log.warning("pid %d: a piece stays aside: %s", self._pid, error.strerror)
+                    reason = "its agent does not answer" if error.errno in engine.SILENT else error.strerror
+                    log.warning("pid %d: a piece stays aside: %s", self._pid, reason)
                     self._session.stuck.append(piece)
                     continue
             piece.close()
@@ -327,12 +331,16 @@ class Dump:
     def _fail_on(self, outcome: Outcome, cause: int) -> None:
         if outcome is Outcome.GONE or not self._native.alive():
             raise TargetGone(self._pid)
+        if outcome is Outcome.SILENT:
+            raise self._session.silence()
         if outcome is Outcome.TRACED:
             raise TargetTraced(self._pid)
         if outcome is Outcome.FAILED:
             log.warning("pid %d: a piece could not be moved: %s", self._pid, os.strerror(-cause))
 
     def _meaning(self, error: OSError) -> SnapdError:
+        if error.errno in engine.SILENT:
+            return self._session.silence()
         if error.errno in _FULL:
             return StoreFull(str(self._state_dir))
         if error.errno in (errno.ESRCH, errno.EPIPE) or not self._native.alive():

@@ -86,12 +86,17 @@ async def _main(control: socket.socket, agent: socket.socket, state_dir: Path) -
         nursery.start_soon(agents.serve_agents, agent, manager.handlers(), manager.may)
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             async with trio.open_nursery() as serving:
-                serving.start_soon(server.serve_control, control, manager)
+                answering = trio.CancelScope()
+                serving.start_soon(_answer, control, manager, answering)
                 async for number in signals:
                     log.info("%s: giving everything back", signal.Signals(number).name)
                     break
-                # Dumps that run are finished first: they need their agents.
-                serving.cancel_scope.cancel()
-            manager.closing = True
-            await manager.give_everything_back()
+                # Dumps that run are finished first, each of them before its own session is given back.
+                answering.cancel()
+                await manager.give_everything_back()
         nursery.cancel_scope.cancel()
+
+
+async def _answer(control: socket.socket, manager: Manager, scope: trio.CancelScope) -> None:
+    with scope:
+        await server.serve_control(control, manager)

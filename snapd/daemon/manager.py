@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import secrets
 import time
@@ -22,18 +23,21 @@ from snapd.daemon.dump import Dump
 from snapd.daemon.session import Session, State
 from snapd.engine import NoticeKind
 from snapd.errors import (
+    AgentSilent,
     NoSuchProcess,
     NotCooperating,
     NotPermitted,
     ProtocolError,
+    SessionBusy,
     SnapdError,
     TargetGone,
+    TargetStopped,
 )
 from snapd.protocol.agent import HELLO_FORKED, Kind, Message
 from snapd.protocol.reports import DaemonInfo, DumpProgress, DumpReport, RestoreReport, StatusReport
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable
     from pathlib import Path
 
     from snapd.daemon.agents import AgentSocket
@@ -54,6 +58,9 @@ FRAME_ERRORS: Final = {
 CHILD_WAIT_S: Final = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 CHILD_NOTICE_TRIES: Final = 3
 RETRY_SHUTDOWN_S: Final = 1.0
+PATIENCE_S: Final = 10.0
+LOOK_S: Final = 0.1
+TIDY_S: Final = 1.0
 PROGRESS_INTERVAL_S: Final = 0.05
 CHILD_PID_DELAYS_S: Final = (0.0, 0.05, 0.2, 0.5, 1.0, 2.0, 4.0)
 
@@ -66,9 +73,9 @@ class Manager:
         self._state_dir = state_dir
         self._nursery = nursery
         self._sessions: dict[int, Session] = {}  # by the engine's key
-        self._threads = trio.CapacityLimiter(64)
         self._refused: set[tuple[int, str]] = set()
-        self.closing = False
+        self._tidying: set[int] = set()
+        self._ending = trio.Event()
 
     def handlers(self) -> dict[Kind, agents.Handler]:
         """Return what to do with the first message of an agent's connection."""
@@ -93,8 +100,8 @@ class Manager:
             raise NotCooperating(pid)
         return session
 
-    async def _in_thread(self, work: Callable[[], T]) -> T:
-        return await trio.to_thread.run_sync(work, limiter=self._threads)
+    async def _in_thread(self, session: Session, work: Callable[[], T]) -> T:
+        return await trio.to_thread.run_sync(work, limiter=session.threads)
 
     def _from_thread(self, progress: Progress) -> Progress:
         token = trio.lowlevel.current_trio_token()
@@ -113,16 +120,18 @@ class Manager:
         """Do one dump; SessionBusy while another of this session runs."""
         session = self._authorised(peer, pid)
         session.refuse_second_dump()
-        async with session.doing(State.DUMPING):
+        async with self._operation(session, State.DUMPING):
+            if self._ending.is_set():
+                raise SessionBusy(pid)  # it has been given back, for the end of the daemon
             if procfs.uid(pid) not in (session.uid, None):
                 log.info("pid %d: its user changed: it is let go", pid)
-                await self._in_thread(partial(session.restore, lambda _: None))
+                await self._in_thread(session, partial(session.restore, lambda _: None))
                 raise NotPermitted(pid, peer.uid)
             work = Dump(session, self._state_dir, options, self._from_thread(progress))
-            report = await self._in_thread(work.run)
+            report = await self._in_thread(session, work.run)
             if session.store is not None:
                 with contextlib.suppress(OSError):  # a file system that can't punch holes
-                    await self._in_thread(session.store.trim)
+                    await self._in_thread(session, session.store.trim)
         log.info(
             "pid %d: dumped %d MiB in %.2f s, %d stops, longest %d us",
             pid,
@@ -136,8 +145,8 @@ class Manager:
     async def restore(self, peer: Peer, pid: int, *, progress: Progress) -> RestoreReport:
         """Bring every page back."""
         session = self._authorised(peer, pid)
-        async with session.doing(State.RESTORING):
-            return await self._in_thread(partial(session.restore, self._from_thread(progress)))
+        async with self._operation(session, State.RESTORING):
+            return await self._in_thread(session, partial(session.restore, self._from_thread(progress)))
 
     async def detach(self, peer: Peer, pid: int) -> None:
         """Bring every page back and end the session; its agent does not come again."""
@@ -145,9 +154,28 @@ class Manager:
 
     async def _detach(self, session: Session) -> None:
         async with session.doing(State.DETACHING):
-            await self._in_thread(partial(session.restore, lambda _: None))
-            await self._in_thread(session.leave_agent)
+            await self._in_thread(session, partial(session.restore, lambda _: None))
+            await self._in_thread(session, session.leave_agent)
             session.gone.set()
+
+    @contextlib.asynccontextmanager
+    async def _operation(self, session: Session, state: State) -> AsyncIterator[None]:
+        """Hold the session for an operation that may leave stagings behind; those go as soon as the agent answers."""
+        try:
+            async with session.doing(state):
+                yield
+        finally:
+            if session.stuck and session.native.key not in self._tidying:
+                self._tidying.add(session.native.key)
+                self._nursery.start_soon(self._tidy, session, session.native.key)
+
+    async def _tidy(self, session: Session, key: int) -> None:
+        while session.stuck and not session.gone.is_set():
+            await trio.sleep(TIDY_S)
+            async with session.operation:
+                if session.state is not State.GONE:
+                    await self._in_thread(session, session.drop_stuck)
+        self._tidying.discard(key)
 
     async def status(self, peer: Peer, pid: int | None) -> StatusReport:
         """Return the sessions that the peer may see."""
@@ -162,11 +190,11 @@ class Manager:
         for one in sorted(seen, key=lambda one: one.pid):
             async with one.looking:
                 if one.state is not State.GONE:
-                    infos.append(await self._in_thread(one.info))
+                    infos.append(await self._in_thread(one, one.info))
         return StatusReport(DaemonInfo(os.getpid(), None, __version__), tuple(infos))
 
     async def _hello(self, sock: AgentSocket, hello: Message, peer: Peer) -> None:
-        if self.closing:
+        if self._ending.is_set():
             return  # the next daemon will have it
         if hello.flags & HELLO_FORKED and (child := await self._child_of(peer.pid)):
             await agents.bind_child(child, sock, hello, peer)
@@ -222,7 +250,7 @@ class Manager:
             self._sessions.pop(key, None)
             with trio.CancelScope(shield=True):
                 async with session.looking:
-                    await self._in_thread(session.close)
+                    await self._in_thread(session, session.close)
         log.log(logging.INFO if session.has_agent else logging.DEBUG, "pid %d: gone", session.pid)
 
     async def _fork_wait(self, sock: AgentSocket, hello: Message, peer: Peer) -> None:
@@ -232,9 +260,11 @@ class Manager:
             await sock.send(hello)
             return
         async with session.doing(State.RESTORING):
-            await self._in_thread(partial(session.restore, lambda _: None))
+            await self._in_thread(session, partial(session.restore, lambda _: None))
             await sock.send(hello)
-            await sock.wait_closed()
+            async with trio.open_nursery() as nursery:
+                for end in (sock.wait_closed, self._ending.wait):  # while the daemon ends there is no dump either
+                    nursery.start_soon(_first, end, nursery.cancel_scope)
 
     async def _leave_wait(self, sock: AgentSocket, hello: Message, peer: Peer) -> None:
         session = self._find(peer.pid)
@@ -300,38 +330,86 @@ class Manager:
                     return
 
     async def give_everything_back(self) -> None:
-        """Restore all sessions, for the end of the daemon. What does not fit into memory is said, and waits.
+        """Restore all sessions at once, for the end of the daemon; from now on no dump begins.
 
-        A fork meanwhile makes a session more: the end is when a pass finds nothing out anywhere.
+        What can't be given back (no memory for it, a target that keeps us from it) is said, and waits: a userfaultfd
+        that is closed while pages are out gives zeros. A fork meanwhile makes a session more: the end is when nothing
+        is out anywhere.
         """
-        told: set[int] = set()
-        while True:
-            self.take_notices()
-            waiting = False
+        self._ending.set()
+        under_way: dict[int, float] = {}
+        done: set[int] = set()
+        async with trio.open_nursery() as nursery:
+            while True:
+                self.take_notices()
+                for key, session in list(self._sessions.items()):
+                    if key not in done and key not in under_way:
+                        under_way[key] = trio.current_time()
+                        session.native.hurry()
+                        nursery.start_soon(self._give_back, session, under_way, done)
+                if not under_way and not await self._some_out(done):
+                    break
+                self._say_who_is_waited_for(under_way)
+                await trio.sleep(LOOK_S)
+        async with trio.open_nursery() as nursery:
             for session in list(self._sessions.values()):
-                waiting |= not await self._give_back(session, told)
-            self.take_notices()
-            left = [one for one in self._sessions.values() if one.state is not State.GONE and one.left_bytes()]
-            if not waiting and not left:
-                break
-            await trio.sleep(RETRY_SHUTDOWN_S if waiting else 0)
-        for session in list(self._sessions.values()):
-            with contextlib.suppress(TargetGone):
-                async with session.doing(State.RESTORING):
-                    await self._in_thread(session.empty_agent)
+                nursery.start_soon(self._empty_agent, session)
+        log.info("everything is back")
 
-    async def _give_back(self, session: Session, told: set[int]) -> bool:
-        try:
+    async def _some_out(self, done: set[int]) -> bool:
+        """Whether a session has pages out though they were all back once; those are no longer done."""
+        self.take_notices()
+        for key, session in list(self._sessions.items()):
+            if await self._out_bytes(session):
+                done.discard(key)
+        return not done.issuperset(self._sessions)
+
+    async def _out_bytes(self, session: Session) -> int:
+        async with session.looking:
+            if session.state is State.GONE:
+                return 0
+            return await self._in_thread(session, session.left_bytes)
+
+    def _say_who_is_waited_for(self, under_way: dict[int, float]) -> None:
+        for key, since in under_way.items():
+            if key in self._sessions and trio.current_time() - since > PATIENCE_S:
+                under_way[key] = math.inf
+                log.warning("pid %d: not all back yet: it is waited for", self._sessions[key].pid)
+
+    async def _give_back(self, session: Session, under_way: dict[int, float], done: set[int]) -> None:
+        key, told = session.native.key, False
+        while True:
+            try:
+                async with session.doing(State.RESTORING):
+                    await self._in_thread(session, partial(session.restore, lambda _: None))
+            except TargetGone:
+                break
+            except (SnapdError, OSError) as error:
+                if isinstance(error, AgentSilent | TargetStopped) and not await self._out_bytes(session):
+                    break
+                if not told:
+                    log.warning("pid %d: not all back yet: %s", session.pid, error)
+                told = True
+                await trio.sleep(RETRY_SHUTDOWN_S)
+            else:
+                break
+        done.add(key)
+        del under_way[key]
+
+    async def _empty_agent(self, session: Session) -> None:
+        with contextlib.suppress(TargetGone):
             async with session.doing(State.RESTORING):
-                await self._in_thread(partial(session.restore, lambda _: None))
-        except TargetGone:
-            return True
-        except (SnapdError, OSError) as error:
-            if session.pid not in told:
-                told.add(session.pid)
-                log.warning("pid %d: not all back yet: %s", session.pid, error)
-            return False
-        return True
+                try:
+                    await self._in_thread(session, session.empty_agent)
+                except (AgentSilent, TargetStopped) as error:
+                    log.warning(
+                        "pid %d: has everything back, and was not told that this daemon ends: %s", session.pid, error
+                    )
+
+
+async def _first(wait: Callable[[], Awaitable[None]], scope: trio.CancelScope) -> None:
+    await wait()
+    scope.cancel()
 
 
 def _nonce_of(pid: int, address: int) -> int:

@@ -19,7 +19,7 @@ import trio
 
 from snapd import engine
 from snapd.daemon import procfs
-from snapd.errors import NotEnoughMemory, SessionBusy, TargetGone
+from snapd.errors import AgentSilent, NotEnoughMemory, SessionBusy, SnapdError, TargetGone, TargetStopped
 from snapd.pages import PAGE, Range
 from snapd.protocol import agent
 from snapd.protocol.reports import DumpProgress, RestoreReport, SessionInfo
@@ -88,6 +88,8 @@ class Session:
         self.gone = trio.Event()
         self.operation = trio.Lock()
         self.looking = trio.Lock()  # held by whoever reads figures beside an operation, and for the end
+        # An operation that waits for its target takes no thread from others; one more is for who looks.
+        self.threads = trio.CapacityLimiter(2)
         self.has_agent = False
         # Replies during a dump are the engine's: only the end of the connection is of interest here.
         self._hangup = select.epoll()
@@ -194,17 +196,17 @@ class Session:
             pages += self.native.restore(*_EVERYWHERE)  # what moved meanwhile
             self._release()
         except OSError as error:
-            raise self._meaning(error) from error
+            raise self.meaning(error) from error
         if left := self.left_bytes():  # it goes on being served: who wants to leave must try again
             raise NotEnoughMemory(self.pid, left)
-        self._drop_stuck()
+        self.drop_stuck()
         return RestoreReport(pid=self.pid, restored_bytes=pages * PAGE, duration_s=time.monotonic() - began)
 
     def _restore_unnamed(self) -> int:
         try:
             return self.native.restore(*_EVERYWHERE)
         except OSError as error:
-            raise self._meaning(error) from error
+            raise self.meaning(error) from error
 
     def _release(self) -> None:
         # What a fork leaves out and we watch is what we made so: such mappings are never chosen by themselves.
@@ -242,19 +244,41 @@ class Session:
         """Tell the agent whether its fork handler must ask us first."""
         self.native.call(agent.Message(agent.Kind.FLAGS, value=agent.FLAG_FORK_WAIT if on else 0).pack())
 
-    def _drop_stuck(self) -> None:
-        for piece in self.stuck:
-            with contextlib.suppress(OSError):
+    def drop_stuck(self) -> None:
+        """Drop the stagings that an earlier drop has left; those that may be dropped later are kept."""
+        pieces, self.stuck = self.stuck, []
+        for piece in pieces:
+            try:
                 piece.drop(4 << 20, 1000)
+            except OSError as error:
+                if error.errno in engine.SILENT or error.errno == errno.EBUSY:
+                    self.stuck.append(piece)
+                    continue
             piece.close()
-        self.stuck.clear()
 
-    def _meaning(self, error: OSError) -> Exception:
+    def answers(self) -> None:
+        """Raise TargetStopped or AgentSilent when no command can be sent to the agent."""
+        try:
+            self.native.answers()
+        except OSError as error:
+            raise self.meaning(error) from error
+
+    def meaning(self, error: OSError) -> Exception:
+        """Return what an error of the engine means for the target, or the error itself."""
+        if error.errno in engine.SILENT:
+            return self.silence()
         if error.errno == errno.ENOMEM:
             return NotEnoughMemory(self.pid, self.left_bytes())
         if error.errno in (errno.ESRCH, errno.EPIPE) or not self.native.alive():
             return TargetGone(self.pid)
         return error
+
+    def silence(self) -> SnapdError:
+        """Return the error for an agent that does not answer."""
+        status = procfs.status(self.pid)
+        if not status:
+            return TargetGone(self.pid)
+        return TargetStopped(self.pid) if status.get("State", "?")[0] == "T" else AgentSilent(self.pid)
 
     def leave_agent(self) -> None:
         """Tell the agent to let go for good; it may be gone."""
@@ -263,11 +287,18 @@ class Session:
                 self.native.call(agent.Message(agent.Kind.LEAVE).pack())
 
     def empty_agent(self) -> None:
-        """Tell the agent that nothing of it is out: it may greet the next daemon as new."""
-        if self.has_agent and self.left_bytes() == 0:
-            with contextlib.suppress(OSError):
-                self.native.release(self.sentinel, self.sentinel + PAGE)
-                self.native.call(agent.Message(agent.Kind.HOLD).pack())
+        """Tell the agent that nothing of it is out: it may greet the next daemon as new.
+
+        Raises TargetStopped or AgentSilent when it does not say that it has heard; what it was told waits for it.
+        """
+        if not self.has_agent or self.left_bytes():
+            return
+        try:
+            self.native.release(self.sentinel, self.sentinel + PAGE)
+            self.native.call(agent.Message(agent.Kind.HOLD).pack())
+        except OSError as error:
+            if error.errno in engine.SILENT:
+                raise self.silence() from error
 
     def close(self) -> None:
         """End the engine's half and close what is ours; for a worker thread."""

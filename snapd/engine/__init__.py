@@ -7,6 +7,7 @@ go while C works. Knows nothing of trio, sockets or policy.
 from __future__ import annotations
 
 import enum
+import errno
 import os
 import threading
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 WIRE_BYTES: Final = 1024
+SILENT: Final = frozenset({errno.EINPROGRESS, errno.EHOSTDOWN})
+"""What an OSError of a command to an agent that does not answer carries."""
 MAX_SPANS: Final = 20
 
 
@@ -34,6 +37,7 @@ class Outcome(enum.IntEnum):
     GONE = 6
     SEALED = 7
     FAILED = 8
+    SILENT = 9
 
 
 class NoticeKind(enum.IntEnum):
@@ -357,6 +361,14 @@ class Session:
         raw = ffi.new("char[]", message.ljust(WIRE_BYTES, b"\0"))
         check(lib.sn_agent_call(self.handle, raw))
         return bytes(ffi.buffer(raw, WIRE_BYTES))
+
+    def answers(self) -> None:
+        """Return when a command may be sent; OSError (one of SILENT) while the last one has no reply."""
+        check(lib.sn_session_answers(self.handle))
+
+    def hurry(self) -> None:
+        """Wait no longer than needs be for an agent from now on: the daemon ends."""
+        lib.sn_session_hurry(self.handle)
 
     def restore(self, start: int, end: int) -> int:
         """Bring all pages of [start, end) back; returns how many. OSError: ENOMEM no room, ESRCH gone."""

@@ -49,7 +49,8 @@ enum sn_outcome {
 	SN_NO_ROOM = 5,   /* no address space, memory or map slots in the target */
 	SN_GONE = 6,      /* the target is gone */
 	SN_SEALED = 7,    /* the kernel forbids to move it */
-	SN_FAILED = 8     /* cause says why */
+	SN_FAILED = 8,    /* cause says why */
+	SN_SILENT = 9     /* the agent does not answer */
 };
 
 struct sn_piece_report {
@@ -135,6 +136,9 @@ int sn_release(struct sn_session *session, uint64_t start, uint64_t end);
 /* One command to the agent; for what needs no engine state. message is a struct snapd_wire of 1024 bytes, in and
  * out. */
 int sn_agent_call(struct sn_session *session, void *message);
+/* 0 when a command may be sent, also where the reply to the last one has come late. */
+int sn_session_answers(struct sn_session *session);
+void sn_session_hurry(struct sn_session *session); /* from now on nobody is waited for as long as usual */
 void sn_page_map_trim(struct sn_session *session);
 
 /* Doors for tests, see model.c: pages with entries counted up in the frame offset, events as if they had been read (the

@@ -13,6 +13,7 @@
 #include "../agent/uapi.h"
 #include "../agent/wire.h"
 
+#include <errno.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdbool.h>
@@ -208,6 +209,10 @@ struct sn_session {
 	pthread_mutex_t mover;
 	struct stop *stop; /* made when first used; for whoever holds mover */
 	uint32_t mover_seq;
+	bool mover_owes;  /* a command was given up on: until its reply is here there is no next one */
+	bool mover_ended; /* there is nobody to send one to */
+	bool pausing;     /* packing pauses for this session */
+	atomic_bool hurry; /* the daemon ends: nobody is waited for as long as usual */
 	pthread_rwlock_t lock;
 	bool in_stop; /* all but the agent stands: events are our own */
 	atomic_bool forked; /* pages may be shared with a child */
@@ -313,9 +318,19 @@ bool stop_touches(const struct stop *stop, uint64_t start, uint64_t end); /* a s
 int stop_threads(const struct stop *stop);
 void stop_end(struct stop *stop);
 
-/* mover.c: commands of the agent; for whoever holds session->mover */
+/* mover.c: commands of the agent; for whoever holds session->mover. Beside the reply's status they return: */
+#define MOVER_LATE (-EINPROGRESS) /* no reply in time; the command is carried out some time */
+#define MOVER_SILENT (-EHOSTDOWN) /* it was not sent: the last one's reply has not come, or never will */
+void mover_attach(struct sn_session *session, int agent_sock);
+void mover_pause(struct sn_session *session); /* before a stop or an unmap */
+void mover_continue(struct sn_session *session);
+int mover_ready(struct sn_session *session); /* 0 when a command may be sent */
 int mover_call(struct sn_session *session, struct snapd_wire *message);
 int mover_unmap(struct sn_session *session, const struct snapd_run *runs, unsigned int nruns);
+
+/* dismiss.c */
+bool dismiss_is_stopped(const struct sn_session *session); /* the mover, by a signal */
+int dismiss(struct sn_session *session, int tid); /* ends a thread of the agent; -EAGAIN: not yet */
 
 /* pack.c */
 int pack_start(int nthreads);
@@ -346,6 +361,7 @@ struct sn_piece { /* what goes aside in one stop */
 	long nsegments;
 	uint8_t *decisions;
 	struct snapd_page_region *regions;
+	uint64_t dropped; /* bytes, in the order of the drop: no address is unmapped twice */
 	/* packing */
 	pthread_mutex_t lock;
 	pthread_cond_t done;

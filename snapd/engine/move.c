@@ -245,6 +245,7 @@ static int outcome_of_mremap(int error)
 	case ENOMEM: return SN_NO_ROOM;
 	case EPERM: return SN_SEALED;
 	case EFAULT: return SN_CHANGED;
+	case -MOVER_SILENT: return SN_SILENT;
 	default: return SN_FAILED;
 	}
 }
@@ -270,7 +271,7 @@ static int move(struct sn_piece *piece)
 		message.runs[message.nruns++] = (struct snapd_run){span->hint, 0};
 	}
 	error = message.nruns ? mover_call(session, &message) : 0;
-	if (error)
+	if (error == -EPIPE)
 		return error;
 	/* The mremaps returned, so their events were read; taking the lock makes sure that they were applied. */
 	pthread_rwlock_wrlock(&session->lock);
@@ -280,8 +281,9 @@ static int move(struct sn_piece *piece)
 
 		if (span->outcome != SN_MOVED)
 			continue;
-		span->aside = message.runs[2 * pair + 1].start;
-		span->cause = -(int)message.runs[2 * pair++ + 1].length;
+		/* Without a reply the events say what was moved. */
+		span->aside = error ? where_it_went(piece, i) : message.runs[2 * pair + 1].start;
+		span->cause = error ? error : -(int)message.runs[2 * pair++ + 1].length;
 		if (!span->aside) {
 			unclaim(piece, span, outcome_of_mremap(-span->cause));
 		} else if (where_it_went(piece, i) != span->aside) {
@@ -392,6 +394,22 @@ static void mark(struct sn_piece *piece, uint64_t start, uint64_t bytes, enum de
 	}
 }
 
+/* What PIN did of a pair before its mover ended: pages are in the staging or still in the aside. */
+static void mark_unmoved(struct sn_piece *piece, const struct snapd_run *pair)
+{
+	uint64_t at = pair[1].start, end = at + pair[0].length;
+	long n = pagemap_scan(piece->session->pagemap_fd, at, end, SNAPD_PAGE_IS_PRESENT | SNAPD_PAGE_IS_SWAPPED,
+			      SNAPD_PAGE_IS_PRESENT, 0, piece->regions, piece->npages + 1, NULL);
+
+	for (long i = 0; i <= n; i++) {
+		uint64_t upto = i < n ? piece->regions[i].start : end;
+
+		if (upto > at)
+			mark(piece, pair[0].start + (at - pair[1].start), upto - at, PINNED);
+		at = i < n ? piece->regions[i].end : end;
+	}
+}
+
 /* Sends pairs of runs until the pass is through them; pinned pages are marked. On an error the rest counts as pinned:
  * what was not moved to the staging goes back, whatever the cause. */
 static void pin_runs(struct sn_piece *piece, struct snapd_run *pairs, unsigned int npairs)
@@ -408,6 +426,11 @@ static void pin_runs(struct sn_piece *piece, struct snapd_run *pairs, unsigned i
 		error = mover_call(piece->session, &message);
 		if (error == -EPIPE) /* the target is gone */
 			return;
+		if (error == MOVER_SILENT) {
+			for (; first < npairs; first++)
+				mark_unmoved(piece, pairs + 2UL * first);
+			return;
+		}
 		for (unsigned int i = 0; i < message.nruns; i++)
 			mark(piece, message.runs[i].start, message.runs[i].length, PINNED);
 		if (!error && !(message.flags & SNAPD_REPLY_MORE))
@@ -472,6 +495,14 @@ static void pin_pass(struct sn_piece *piece)
 		pin_runs(piece, pairs, npairs);
 }
 
+/* Whether pages that were in an aside are there still. */
+static bool still_there(struct sn_piece *piece, uint64_t start, uint64_t bytes)
+{
+	return pagemap_scan(piece->session->pagemap_fd, start, start + bytes,
+			    SNAPD_PAGE_IS_PRESENT | SNAPD_PAGE_IS_SWAPPED, SNAPD_PAGE_IS_PRESENT, 0, piece->regions,
+			    piece->npages + 1, NULL) > 0;
+}
+
 /* Pinned pages return to their address, the pin with them. Where that fails they are served from the aside. */
 static void return_pinned(struct sn_piece *piece, struct span *span, struct sn_piece_report *ret)
 {
@@ -483,7 +514,7 @@ static void return_pinned(struct sn_piece *piece, struct span *span, struct sn_p
 		while (page + count < span->npages && decisions[page + count] == PINNED)
 			count++;
 		if (count && move_back(piece->session, span->aside + page * PAGE, span->start + page * PAGE,
-			count * PAGE)) {
+			count * PAGE) && still_there(piece, span->aside + page * PAGE, count * PAGE)) {
 			mark(piece, span->aside + page * PAGE, count * PAGE, LEFT_ASIDE);
 			span->keep_aside = true;
 		}
@@ -638,9 +669,10 @@ static void move_piece(struct sn_piece *piece, struct sn_piece_report *ret)
 	if (error) {
 		ret->cause = error;
 		ret->outcome = error == -ENOMEM ? SN_NO_ROOM
+			       : error == MOVER_LATE || error == MOVER_SILENT ? SN_SILENT
 			       : error == -EPIPE || error == -ESRCH || error == -ENOENT ? SN_GONE : SN_FAILED;
 	} else {
-		pack_pause();
+		mover_pause(session);
 		began = now_ns();
 		ret->outcome = stop_begin(session->stop, atomic_load(&session->pid), session->agent_tids);
 		ret->until_stopped_ns = now_ns() - began;
@@ -651,7 +683,7 @@ static void move_piece(struct sn_piece *piece, struct sn_piece_report *ret)
 			piece->nspans = 0;
 		stop_end(session->stop);
 		ret->stop_ns = now_ns() - began;
-		pack_continue();
+		mover_continue(session);
 	}
 	keep_moved_segments(piece);
 	for (int i = 0; i < piece->nspans; i++) {

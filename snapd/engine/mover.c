@@ -1,4 +1,4 @@
-/* The mover over an agent's socket: one command, one reply.
+/* The mover over an agent's socket: one command, one reply, and what happens when no reply comes.
  *
  * For whoever holds session->mover. Knows the wire format; no policy.
  */
@@ -6,40 +6,149 @@
 
 #include <errno.h>
 #include <sys/socket.h>
+#include <sys/time.h>
+
+#define COMMAND_NS 10000000000ULL
+#define HURRY_NS 2000000000ULL
+#define AGAIN_NS 1000000000ULL
+#define TICK_US 10000 /* packing pauses for no longer wait than this */
+#define STRANGERS 64
+
+void mover_attach(struct sn_session *session, int agent_sock)
+{
+	struct timeval tick = {.tv_usec = TICK_US};
+
+	session->agent_sock = agent_sock;
+	if (agent_sock >= 0)
+		setsockopt(agent_sock, SOL_SOCKET, SO_RCVTIMEO, &tick, sizeof(tick));
+}
+
+/* Packing pauses while the target stands or its mover runs, but not for one that takes its time. */
+void mover_pause(struct sn_session *session)
+{
+	pack_pause();
+	session->pausing = true;
+}
+
+void mover_continue(struct sn_session *session)
+{
+	if (session->pausing)
+		pack_continue();
+	session->pausing = false;
+}
+
+/* Takes the reply to the last command. -EAGAIN: it has not come. */
+static int take_reply(struct sn_session *session, struct snapd_wire *ret, int flags)
+{
+	for (int i = 0; i < STRANGERS; i++) {
+		ssize_t n = recv(session->agent_sock, ret, sizeof(*ret), flags);
+
+		if (n == 0)
+			return -EPIPE;
+		if (n < 0)
+			return errno == EINTR || errno == EAGAIN ? -EAGAIN : -EPIPE;
+		if (n == sizeof(*ret) && ret->seq != session->mover_seq)
+			continue;
+		return n != sizeof(*ret) || ret->magic != SNAPD_WIRE_MAGIC || ret->nruns > SNAPD_WIRE_RUNS ? -EPROTO
+													   : 0;
+	}
+	return -EAGAIN;
+}
+
+/* In a stop a mover that may still carry out what it was told must not be left behind: the program would run while its
+ * memory is moved. One that was stopped by a signal stands with the whole program, and is waited for. */
+static bool ended_in_stop(struct sn_session *session)
+{
+	if (!atomic_load(&session->hurry) && dismiss_is_stopped(session))
+		return false;
+	session->mover_ended = dismiss(session, session->agent_tids[1]) == 0;
+	return session->mover_ended;
+}
+
+static int wait_reply(struct sn_session *session, struct snapd_wire *ret)
+{
+	uint64_t began = now_ns(), again = 0;
+	int error;
+
+	while ((error = take_reply(session, ret, 0)) == -EAGAIN) {
+		uint64_t now = now_ns();
+
+		mover_continue(session);
+		if (now - began < (atomic_load(&session->hurry) ? HURRY_NS : COMMAND_NS) || now < again)
+			continue;
+		if (!session->in_stop) {
+			session->mover_owes = true;
+			return MOVER_LATE;
+		}
+		again = now + AGAIN_NS;
+		if (!ended_in_stop(session))
+			continue;
+		error = take_reply(session, ret, MSG_DONTWAIT); /* it may have been quicker */
+		return error == -EAGAIN ? MOVER_SILENT : error;
+	}
+	return error;
+}
+
+static int send_and_wait(struct sn_session *session, struct snapd_wire *message)
+{
+	ssize_t n;
+	int error;
+
+	message->magic = SNAPD_WIRE_MAGIC;
+	message->version = SNAPD_WIRE_VERSION;
+	message->seq = ++session->mover_seq;
+	do {
+		n = send(session->agent_sock, message, sizeof(*message), MSG_NOSIGNAL | MSG_DONTWAIT);
+	} while (n < 0 && errno == EINTR);
+	if (n != sizeof(*message))
+		return n < 0 && errno == EAGAIN ? MOVER_SILENT : -EPIPE;
+	error = wait_reply(session, message);
+	return error ? error : message->status;
+}
+
+/* A command that was given up on is carried out some time all the same: until its reply is here there is no next one.
+ * Nobody knows of a staging that came too late. */
+static int settle_debt(struct sn_session *session)
+{
+	struct snapd_wire late;
+	int error = take_reply(session, &late, MSG_DONTWAIT);
+
+	if (error)
+		return error == -EAGAIN ? MOVER_SILENT : error;
+	session->mover_owes = false;
+	if (late.kind == SNAPD_STAGE && !late.status) {
+		struct snapd_wire unmap = {.kind = SNAPD_UNMAP, .nruns = 1, .runs = {{late.value, late.length}}};
+
+		error = send_and_wait(session, &unmap);
+	}
+	return error;
+}
+
+int mover_ready(struct sn_session *session)
+{
+	if (session->agent_sock < 0)
+		return -ENOTCONN;
+	if (session->mover_ended)
+		return MOVER_SILENT;
+	return session->mover_owes ? settle_debt(session) : 0;
+}
 
 int mover_call(struct sn_session *session, struct snapd_wire *message)
 {
-	uint32_t seq = ++session->mover_seq;
-	ssize_t n;
+	int error = mover_ready(session);
 
-	if (session->agent_sock < 0)
-		return -ENOTCONN;
-	message->magic = SNAPD_WIRE_MAGIC;
-	message->version = SNAPD_WIRE_VERSION;
-	message->seq = seq;
-	do {
-		n = send(session->agent_sock, message, sizeof(*message), MSG_NOSIGNAL);
-	} while (n < 0 && errno == EINTR);
-	if (n != sizeof(*message))
-		return -EPIPE;
-	/* No time limit: a mover that sleeps does so because the whole target does (SIGSTOP, a frozen cgroup), and a
-	 * command that was sent can't be taken back. A dead target ends the wait. */
-	do {
-		n = recv(session->agent_sock, message, sizeof(*message), 0);
-		if (n == 0)
-			return -EPIPE;
-	} while ((n < 0 && errno == EINTR) || (n == sizeof(*message) && message->seq != seq));
-	if (n != sizeof(*message) || message->magic != SNAPD_WIRE_MAGIC || message->nruns > SNAPD_WIRE_RUNS)
-		return n < 0 ? -EPIPE : -EPROTO;
-	return message->status;
+	return error ? error : send_and_wait(session, message);
 }
 
 /* The unmap's event may be read after somebody's REMAP onto the same addresses: it is owed before it can come. */
 int mover_unmap(struct sn_session *session, const struct snapd_run *runs, unsigned int nruns)
 {
 	struct snapd_wire message = {.kind = SNAPD_UNMAP, .nruns = nruns};
+	int error = mover_ready(session);
 	struct table *table;
 
+	if (error)
+		return error;
 	memcpy(message.runs, runs, nruns * sizeof(runs[0]));
 	pthread_rwlock_wrlock(&session->lock);
 	table = pm_edit(&session->pm);
@@ -47,7 +156,7 @@ int mover_unmap(struct sn_session *session, const struct snapd_run *runs, unsign
 		pm_add_debt(table, runs[i].start, runs[i].start + runs[i].length);
 	pm_commit(&session->pm, pm_applied(&session->pm));
 	pthread_rwlock_unlock(&session->lock);
-	return mover_call(session, &message);
+	return send_and_wait(session, &message);
 }
 
 int sn_agent_call(struct sn_session *session, void *message)
@@ -58,4 +167,19 @@ int sn_agent_call(struct sn_session *session, void *message)
 	ret = mover_call(session, message);
 	pthread_mutex_unlock(&session->mover);
 	return ret;
+}
+
+int sn_session_answers(struct sn_session *session)
+{
+	int ret;
+
+	pthread_mutex_lock(&session->mover);
+	ret = mover_ready(session);
+	pthread_mutex_unlock(&session->mover);
+	return ret;
+}
+
+void sn_session_hurry(struct sn_session *session)
+{
+	atomic_store(&session->hurry, true);
 }

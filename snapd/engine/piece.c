@@ -74,6 +74,9 @@ void sn_piece_free(struct sn_piece *piece)
 {
 	struct sn_session *session = piece->session;
 
+	/* Nobody may read the event of an unmap that comes after the session's end. */
+	if (piece->staging && piece->dropped < piece->staging_bytes)
+		uffd_unregister(session->uffd, piece->staging + piece->dropped, piece->staging_bytes - piece->dropped);
 	pthread_rwlock_wrlock(&session->lock);
 	if (piece->slot >= 0) {
 		session->inflight[piece->slot] = NULL;
@@ -159,6 +162,7 @@ int sn_piece_drop(struct sn_piece *piece, uint64_t slice, unsigned int breath_us
 {
 	struct sn_session *session = piece->session;
 	struct snapd_run runs[1 + MAX_SPANS] = {{piece->staging, piece->staging_bytes}};
+	uint64_t done = 0; /* of the runs before */
 	unsigned int nruns = 1;
 	int error;
 
@@ -173,17 +177,20 @@ int sn_piece_drop(struct sn_piece *piece, uint64_t slice, unsigned int breath_us
 		if (span->aside && !span->keep_aside)
 			runs[nruns++] = (struct snapd_run){span->aside, span_bytes(span)};
 	}
-	for (unsigned int i = 0; i < nruns; i++)
-		for (uint64_t at = 0; at < runs[i].length && !error; at += slice) {
+	for (unsigned int i = 0; i < nruns && !error; done += runs[i++].length)
+		while (piece->dropped < done + runs[i].length && !error) {
+			uint64_t at = piece->dropped - done;
 			struct snapd_run run = {runs[i].start + at, min_u64(slice, runs[i].length - at)};
 
 			/* Until the mover has run after its event every COPY into the target says EAGAIN: make room
 			 * for it. */
 			pthread_mutex_lock(&session->mover);
-			pack_pause();
+			mover_pause(session);
 			error = mover_unmap(session, &run, 1);
-			pack_continue();
+			mover_continue(session);
 			pthread_mutex_unlock(&session->mover);
+			if (!error || error == MOVER_LATE)
+				piece->dropped += run.length;
 			if (i == 0)
 				usleep(breath_us);
 		}

@@ -122,7 +122,7 @@ struct sn_session *session_new(const struct sn_target *target, struct sn_store *
 	session->id = atomic_fetch_add(&next_id, 1);
 	atomic_store(&session->pid, target->pid);
 	session->uffd = target->uffd;
-	session->agent_sock = target->agent_sock;
+	mover_attach(session, target->agent_sock);
 	session->maps_fd = session->pagemap_fd = -1;
 	session_see(session);
 	session->sentinel = target->sentinel;
@@ -316,7 +316,8 @@ void sn_session_bind(struct sn_session *session, int agent_sock, const int *tids
 		close(session->agent_sock);
 	session->agent_tids[0] = tids[0];
 	session->agent_tids[1] = tids[1];
-	session->agent_sock = agent_sock;
+	mover_attach(session, agent_sock);
+	session->mover_owes = session->mover_ended = false;
 	pthread_mutex_unlock(&session->mover);
 }
 

@@ -59,6 +59,13 @@ SENTENCES = {
             "exited or executed another program."
         ),
     ),
+    "AgentSilent": (
+        28,
+        (
+            "The agent of process 42 does not answer: let the process go on if something keeps it from running, "
+            "or start it anew; meanwhile its pages are served and can be restored."
+        ),
+    ),
     "StoreFull": (
         30,
         (

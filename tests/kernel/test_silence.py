@@ -1,0 +1,191 @@
+"""Targets whose agent does not answer, because something keeps it from running or because it never meant to.
+
+The operation ends in time and by name, no byte is lost, nobody else waits, and the daemon ends.
+"""
+
+import contextlib
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from snapd.errors import AgentSilent, SnapdError, TargetStopped
+from snapd.protocol.agent import Kind
+from tests.harness import Daemon, Spawner, Target, build, rss_bytes, wait_until
+from tests.kernel.driving import MIB, RunningDump, out_bytes
+
+HEAP_MIB: Final = 16
+LIMIT_S: Final = 10.0
+LATE_S: Final = 13.0
+SCHEDULING_S: Final = 15.0
+
+MOODS: Final = [
+    (Kind.STAGE, "before", "sleep"),
+    (Kind.MOVE, "before", "sleep"),
+    (Kind.MOVE, "after", "sleep"),
+    (Kind.MOVE, "after", "spin"),
+    (Kind.PIN, "before", "sleep"),
+    (Kind.PIN, "half", "sleep"),
+    (Kind.PIN, "after", "sleep"),
+    (Kind.UNMAP, "before", "sleep"),
+    (Kind.UNMAP, "after", "sleep"),
+]
+
+
+def sullen(spawn: Spawner, daemon: Daemon, kind: Kind, when: str, how: str) -> Target:
+    """Start a program whose own agent says nothing more from a command of this kind on."""
+    program = build("sullen")
+    argv = [str(program), str(daemon.runtime_dir / "agent.sock"), "--at", str(int(kind)), "--when", when, "--how", how]
+    target = spawn.program(argv, wait=False)
+    target.ready()
+    daemon.wait_for_session(target.pid)
+    return target
+
+
+@pytest.fixture
+def alone() -> Iterator[Spawner]:
+    """Yield what starts programs that bring an agent of their own; they are ended after the daemon."""
+    with Spawner() as spawner:
+        yield spawner
+
+
+def failure(daemon: Daemon, pid: int) -> tuple[SnapdError | None, float]:
+    """Dump; return what it fails with, and after how many seconds."""
+    began = time.monotonic()
+    error: SnapdError | None = None
+    try:
+        daemon.dump(pid)
+    except SnapdError as caught:
+        error = caught
+    return error, time.monotonic() - began
+
+
+def test_agents_that_fall_silent_cost_their_own_program_no_byte_and_nobody_else_anything(
+    alone: Spawner, daemon: Daemon, spawn: Spawner
+) -> None:
+    daemon.allow("stays aside")
+    other = spawn("hold", "--mib", HEAP_MIB)
+    targets = [sullen(alone, daemon, *mood) for mood in MOODS]
+    with ThreadPoolExecutor(len(targets)) as pool:
+        dumps = [pool.submit(failure, daemon, target.pid) for target in targets]
+        assert daemon.dump(other.pid).moved_bytes > 0.9 * HEAP_MIB * MIB
+        other.ask("sum")
+        assert not all(dump.done() for dump in dumps), "it waited for nobody"
+        outcomes = [dump.result() for dump in dumps]
+    for mood, target, (error, took_s) in zip(MOODS, targets, outcomes, strict=True):
+        assert isinstance(error, AgentSilent), (mood, error)
+        assert took_s < LIMIT_S + SCHEDULING_S, mood
+        again, again_s = failure(daemon, target.pid)
+        assert isinstance(again, AgentSilent), (mood, again)
+        assert again_s < LIMIT_S / 2, mood
+        target.ask("sum")
+        daemon.restore(target.pid)
+        assert out_bytes(daemon, target.pid) == 0, mood
+        target.ask("sum")
+        target.quit()
+
+
+def test_command_that_is_carried_out_late_does_no_harm(alone: Spawner, daemon: Daemon) -> None:
+    daemon.allow("stays aside|was not told")
+    kinds = (Kind.STAGE, Kind.UNMAP, Kind.MOVE)
+    targets = [sullen(alone, daemon, kind, "before", "late") for kind in kinds]
+    with ThreadPoolExecutor(len(targets)) as pool:
+        for error, _ in pool.map(lambda target: failure(daemon, target.pid), targets):
+            assert isinstance(error, AgentSilent), error
+    time.sleep(LATE_S - LIMIT_S + 1)
+    for kind, target in zip(kinds, targets, strict=True):
+        target.ask("sum")
+        error, _ = failure(daemon, target.pid)
+        # Nobody may move memory of a program that runs: that agent has ended.
+        assert isinstance(error, AgentSilent) if kind is Kind.MOVE else error is None, (kind, error)
+        target.ask("sum")
+        daemon.restore(target.pid)
+        target.ask("sum")
+        assert rss_bytes(target.pid) < 2 * HEAP_MIB * MIB
+        target.quit()
+
+
+def test_agent_that_stops_its_program_in_a_stop_keeps_the_daemon_from_nothing(alone: Spawner, daemon: Daemon) -> None:
+    daemon.allow("stays aside|was not told")
+    targets = [sullen(alone, daemon, kind, "after", "stop") for kind in (Kind.MOVE, Kind.PIN)]
+    with ThreadPoolExecutor(len(targets)) as pool:
+        dumps = [pool.submit(failure, daemon, target.pid) for target in targets]
+        wait_until(lambda: all("T" in states_of(target) for target in targets), "the agents to be stopped")
+        time.sleep(1)  # it is waited for as long as the daemon has time
+        assert not any(dump.done() for dump in dumps)
+        daemon.terminate()
+        assert daemon.process.wait(30) == 0
+        for dump in dumps:
+            dump.result()
+    for target in targets:
+        target.signal(signal.SIGCONT)
+        target.ask("sum")
+        target.quit()
+
+
+def states_of(target: Target) -> set[str]:
+    """Return the letters that ps shows for its threads."""
+    tasks = Path(f"/proc/{target.pid}/task").iterdir()
+    return {(task / "stat").read_text().rpartition(")")[2].split()[0] for task in tasks}
+
+
+@contextlib.contextmanager
+def stopped(target: Target) -> Iterator[None]:
+    """Stop a program by SIGSTOP for a while."""
+    target.signal(signal.SIGSTOP)
+    try:
+        wait_until(lambda: "T" in states_of(target), "the stop of the program")
+        yield
+    finally:
+        target.signal(signal.SIGCONT)
+
+
+def test_program_that_is_stopped_in_a_dump_ends_it_by_name_and_is_dumped_when_it_goes_on(
+    daemon: Daemon, spawn: Spawner
+) -> None:
+    daemon.allow("stays aside|could not be moved")
+    hold = spawn("hold", "--mib", 256)
+    dump = RunningDump(daemon, hold.pid)
+    with stopped(hold):
+        outcome = dump.outcome(LIMIT_S + SCHEDULING_S)
+        assert isinstance(outcome, TargetStopped), outcome
+        with pytest.raises(TargetStopped):
+            daemon.dump(hold.pid)
+        daemon.restore(hold.pid)
+        assert out_bytes(daemon, hold.pid) == 0
+    hold.ask("sum")
+    # What could not be dropped goes when the agent answers again: nothing of the heap is there twice.
+    wait_until(lambda: rss_bytes(hold.pid) < 300 * MIB, "the stagings to be dropped")
+    daemon.dump(hold.pid)
+    hold.ask("sum")
+    hold.quit()
+
+
+def is_back(pid: int) -> bool:
+    """Whether the whole heap of a program is in memory."""
+    return rss_bytes(pid) > HEAP_MIB * MIB
+
+
+def test_daemon_gives_everybody_back_and_ends_though_one_program_is_stopped(daemon: Daemon, spawn: Spawner) -> None:
+    daemon.allow("was not told|stays aside|could not be moved")
+    others = [spawn("hold", "--mib", HEAP_MIB) for _ in range(3)]
+    hold = spawn("hold", "--mib", 128)
+    for target in (*others, hold):
+        daemon.dump(target.pid)
+    hold.ask("write", 30000, 1)
+    dump = RunningDump(daemon, hold.pid)
+    with stopped(hold):
+        daemon.terminate()
+        for target in others:
+            wait_until(partial(is_back, target.pid), "the other programs to be back", 10)
+        assert daemon.process.wait(30) == 0
+        assert f"pid {hold.pid}: has everything back, and was not told" in daemon.log()
+        dump.outcome()
+    for target in (*others, hold):
+        target.ask("sum")
+        target.quit()
