@@ -14,7 +14,7 @@ SOURCES := find Makefile pyproject.toml hatch_build.py .ci snapd $(C_USERS) -typ
 need = @$(1) >/dev/null 2>&1 || { \
 	echo "$(2) is missing: apt install $(3) (Debian, Ubuntu), dnf install $(4) (Fedora)" >&2; false; }
 
-.PHONY: help build demo test lint type bench docs install uninstall clean need-clang need-redis
+.PHONY: help build demo test lint type bench docs install uninstall clean torture need-clang need-redis need-stress
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -38,6 +38,9 @@ lint: need-clang build ## ruff, clang's opinion of all C, and no line over 120 c
 
 type: build ## mypy --strict
 	@$(BIN)/mypy
+
+torture: need-stress need-redis build ## dump programs at random while they verify themselves, TORTURE_S (600) seconds
+	@$(BIN)/pytest -m torture $(ARGS)
 
 bench: build ## throughput and latencies beside the machine's own limits
 	@$(BIN)/python -m tests.bench
@@ -87,3 +90,7 @@ need-clang:
 # Without redis-server its tests and its part of the demo are left out, unless SNAPD_REQUIRE_PEERS=1.
 need-redis:
 	$(call need,command -v redis-server,redis-server,redis-server,redis) || [ "$$SNAPD_REQUIRE_PEERS" != 1 ]
+
+need-stress:
+	$(call need,command -v stress-ng,stress-ng,stress-ng,stress-ng)
+	$(call need,command -v redis-benchmark,redis-benchmark,redis-tools,redis)

@@ -212,6 +212,16 @@ class AgentSilent(SnapdError):
     exit_code = 28
 
 
+@dataclass(eq=False)
+class NotStopping(SnapdError):
+    """Process {pid} has a thread that does not stop, as in vfork or while it waits for a dead disk: try again when
+    that has ended.
+    """
+
+    pid: int
+    exit_code = 29
+
+
 # Room and stores: 30 to 39.
 
 
@@ -284,7 +294,7 @@ class UnsupportedPlatform(SnapdError):
     exit_code = 42
 
 
-# What is left: a mistake of ours, and the two codes that every shell and env(1) use.
+# What is left: a mistake of ours, and the three codes that env(1) uses.
 
 
 @dataclass(eq=False)
@@ -293,6 +303,17 @@ class Internal(SnapdError):
 
     reason: str
     exit_code = 50
+
+
+@dataclass(eq=False)
+class NotManageable(SnapdError):
+    """The command {cmd} cannot be managed ({reason}): take another one, or start it with 'snapd run', which runs it
+    as it would without snapd.
+    """
+
+    cmd: str
+    reason: str
+    exit_code = 125
 
 
 @dataclass(eq=False)

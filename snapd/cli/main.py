@@ -28,6 +28,7 @@ COMMANDS = {
     "restore": "Bring every page of processes back now.",
     "detach": "Bring every page back and let processes go.",
     "status": "Show the managed processes and their figures.",
+    "torture": "Run a command and dump random parts of it until it ends.",
     "doctor": "Show what this machine can and cannot do.",
 }
 """Each command, in the order of the help, with its first line; it is `command` in the module of that name."""

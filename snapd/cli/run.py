@@ -15,7 +15,7 @@ from typing import NoReturn
 import click
 
 from snapd import directories
-from snapd.cli import options, output, program
+from snapd.cli import options, output, program, surroundings
 from snapd.errors import CommandNotExecutable, CommandNotFound, printable
 
 
@@ -36,28 +36,44 @@ def command(arguments: tuple[str, ...], no_follow_forks: bool, runtime_dir: Path
     CMD runs as it would without snapd while there is no daemon, and joins when one comes up. Exit status:
     CMD's own, 127 when it is not found, 126 when it cannot be executed.
     """
-    environ = _environment(runtime_dir, arguments[0])
+    reason = obstacle_to_managing(arguments[0])
+    if reason is not None:
+        name = printable(arguments[0])
+        output.complain(f"{name} cannot be managed because {reason}; it runs as it would without snapd")
+    environ = environment(runtime_dir)
     if no_follow_forks:
         environ["SNAPD_NO_FOLLOW_FORKS"] = "1"
     execute(arguments, environ)
 
 
-def _environment(runtime_dir: Path, cmd: str) -> dict[str, str]:
-    from snapd.agent import library_path
+def obstacle_to_managing(cmd: str) -> str | None:
+    """Return why the agent cannot come into `cmd` or cannot work there, or None when nothing is seen."""
+    if _unnameable(_library()):
+        return "the agent's path has a colon or a space in it"
+    return program.obstacle(cmd) or surroundings.obstacle()
 
+
+def environment(runtime_dir: Path) -> dict[str, str]:
+    """Return the environment that makes a program a cooperating one."""
     environ = dict(os.environ)
     _undo_locale_coercion(environ)
     environ["SNAPD_AGENT_SOCKET"] = directories.socket_address(runtime_dir, directories.AGENT_SOCKET)
-    library = str(library_path())
-    # The loader takes both as separators, and knows no way to quote them.
-    unnameable = any(c in library for c in ": ")
-    reason = "the agent's path has a colon or a space in it" if unnameable else program.obstacle(cmd)
-    if reason is not None:
-        output.complain(f"{printable(cmd)} cannot be managed because {reason}; it runs as it would without snapd")
+    library = _library()
     others = [one for one in environ.get("LD_PRELOAD", "").replace(" ", ":").split(":") if one and one != library]
-    if not unnameable:
+    if not _unnameable(library):
         environ["LD_PRELOAD"] = ":".join([library, *others])
     return environ
+
+
+def _library() -> str:
+    from snapd.agent import library_path
+
+    return str(library_path())
+
+
+def _unnameable(library: str) -> bool:
+    # The loader takes both as separators, and knows no way to quote them.
+    return any(c in library for c in ": ")
 
 
 def _undo_locale_coercion(environ: dict[str, str]) -> None:

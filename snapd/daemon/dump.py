@@ -19,7 +19,7 @@ from snapd.daemon import policy, procfs
 from snapd.daemon.session import Session, pagemap
 from snapd.engine import Outcome
 from snapd.errors import (
-    Internal,
+    NotStopping,
     SharedMemory,
     SnapdError,
     StoreFailed,
@@ -158,7 +158,7 @@ class Dump:
             self._fail_on(outcome, 0)
             time.sleep(RETRY_DELAY_S)
         else:
-            raise TargetStopped(self._pid) if self._all_asleep() else Internal("its threads do not stop")
+            raise TargetStopped(self._pid) if self._all_asleep() else NotStopping(self._pid)
         mappings = procfs.smaps(self._pid)
         if not mappings:
             raise TargetGone(self._pid)

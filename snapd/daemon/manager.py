@@ -10,8 +10,8 @@ import contextlib
 import logging
 import math
 import os
-import secrets
 import time
+from collections import defaultdict
 from functools import partial
 from typing import TYPE_CHECKING, Final, TypeVar
 
@@ -20,7 +20,7 @@ import trio
 from snapd import __version__, engine
 from snapd.daemon import agents, procfs
 from snapd.daemon.dump import Dump
-from snapd.daemon.session import Session, State
+from snapd.daemon.session import Session, State, pagemap
 from snapd.engine import NoticeKind
 from snapd.errors import (
     AgentSilent,
@@ -34,7 +34,7 @@ from snapd.errors import (
     TargetStopped,
 )
 from snapd.protocol.agent import HELLO_FORKED, Kind, Message
-from snapd.protocol.reports import DaemonInfo, DumpProgress, DumpReport, RestoreReport, StatusReport
+from snapd.protocol.reports import DaemonInfo, DumpProgress, DumpReport, RestoreReport, StatusReport, Totals
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -76,6 +76,7 @@ class Manager:
         self._refused: set[tuple[int, str]] = set()
         self._tidying: set[int] = set()
         self._ending = trio.Event()
+        self._ended: defaultdict[int, Totals] = defaultdict(Totals)  # of sessions that are gone, by user
 
     def handlers(self) -> dict[Kind, agents.Handler]:
         """Return what to do with the first message of an agent's connection."""
@@ -191,7 +192,13 @@ class Manager:
             async with one.looking:
                 if one.state is not State.GONE:
                     infos.append(await self._in_thread(one, one.info))
-        return StatusReport(DaemonInfo(os.getpid(), None, __version__), tuple(infos))
+        return StatusReport(DaemonInfo(os.getpid(), None, __version__), tuple(infos), self._totals(peer))
+
+    def _totals(self, peer: Peer) -> Totals:
+        """Sum up the sessions that the peer may see; without a wait, so that none is counted twice or not at all."""
+        ended = (totals for uid, totals in self._ended.items() if peer.uid in (0, uid))
+        living = (one.totals() for one in self._sessions.values() if peer.uid in (0, one.uid))
+        return Totals().plus(*ended, *living)
 
     async def _hello(self, sock: AgentSocket, hello: Message, peer: Peer) -> None:
         if self._ending.is_set():
@@ -248,6 +255,7 @@ class Manager:
         async with session.operation:
             session.become(State.GONE)
             self._sessions.pop(key, None)
+            self._ended[session.uid] = self._ended[session.uid].plus(session.totals())
             with trio.CancelScope(shield=True):
                 async with session.looking:
                     await self._in_thread(session, session.close)
@@ -313,21 +321,20 @@ class Manager:
                 log.warning("%s: %s (at %#x)", name, os.strerror(abs(notice.cause)), notice.address)
 
     async def _name_child(self, child: Session) -> None:
-        """Find the pid of a forked child: it is the process that has our nonce on its sentinel page."""
-        child.nonce = secrets.randbits(63) | 1
+        """Find the pid of a forked child."""
         for attempt, delay_s in enumerate(CHILD_PID_DELAYS_S):
             await trio.sleep(delay_s)
             if child.state is State.GONE or child.gone.is_set():
                 return
-            child.native.mark(child.nonce)
             relatives = procfs.children(child.parent.pid) if child.parent and child.parent.pid else []
             known = {one.pid for one in self._sessions.values()}
             # A grandchild whose parent is gone has another parent by now: look at all, but not each time.
-            for pid in relatives if attempt < len(CHILD_PID_DELAYS_S) // 2 else procfs.processes():
-                if pid not in known and _nonce_of(pid, child.sentinel) == child.nonce:
-                    child.pid = pid
-                    child.native.set_pid(pid)
-                    return
+            candidates = relatives if attempt < len(CHILD_PID_DELAYS_S) // 2 else procfs.processes()
+            pid = _pid_of(child, [pid for pid in candidates if pid not in known])
+            if pid:
+                child.pid = pid
+                child.native.set_pid(pid)
+                return
 
     async def give_everything_back(self) -> None:
         """Restore all sessions at once, for the end of the daemon; from now on no dump begins.
@@ -412,14 +419,22 @@ async def _first(wait: Callable[[], Awaitable[None]], scope: trio.CancelScope) -
     scope.cancel()
 
 
-def _nonce_of(pid: int, address: int) -> int:
+def _pid_of(child: Session, candidates: list[int]) -> int:
+    """Return which of the processes has the address space of a session, or 0.
+
+    It is the one whose sentinel page is write-protected, and is not, when we say so. Nothing is written to that page:
+    a grandchild would inherit it. Without a wait in between, for only one session may be looked for at a time.
+    """
+    for on in (True, False):
+        if not child.native.mark(on=on):
+            return 0
+        candidates = [pid for pid in candidates if _is_marked(pid, child.sentinel) is on]
+    return candidates[0] if len(candidates) == 1 else 0
+
+
+def _is_marked(pid: int, sentinel: int) -> bool | None:
     try:
-        fd = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return 0
-    try:
-        return int.from_bytes(os.pread(fd, 8, address), "little")
-    except OSError:
-        return 0
-    finally:
-        os.close(fd)
+        with pagemap(pid) as fd:
+            return engine.marked(fd, sentinel)
+    except (TargetGone, OSError):
+        return None

@@ -12,6 +12,7 @@ import errno
 import os
 import select
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -22,7 +23,7 @@ from snapd.daemon import procfs
 from snapd.errors import AgentSilent, NotEnoughMemory, SessionBusy, SnapdError, TargetGone, TargetStopped
 from snapd.pages import PAGE, Range
 from snapd.protocol import agent
-from snapd.protocol.reports import DumpProgress, RestoreReport, SessionInfo
+from snapd.protocol.reports import DumpProgress, RestoreReport, SessionInfo, Totals
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -82,7 +83,6 @@ class Session:
         self.sentinel = sentinel
         self.fork_events = fork_events
         self.parent = parent
-        self.nonce = 0
         self.state = State.ATTACHED
         self.stuck: list[engine.Piece] = []
         self.gone = trio.Event()
@@ -162,6 +162,12 @@ class Session:
             bad_pages=counts.bad,
             parent=self.parent.pid if self.parent else None,
         )
+
+    def totals(self) -> Totals:
+        """Return what the session came to so far."""
+        stats = self.native.stats()
+        counted = {item.name: getattr(stats, item.name) for item in fields(Totals) if item.name != "sessions"}
+        return Totals(sessions=1, **counted)
 
     def left_bytes(self) -> int:
         """Return what is out of the target."""

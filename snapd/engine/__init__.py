@@ -216,6 +216,11 @@ def watched(pagemap_fd: int, address: int) -> bool:
     return bool(lib.sn_watched(pagemap_fd, address) == 1)
 
 
+def marked(pagemap_fd: int, address: int) -> bool:
+    """Whether the page at `address` is watched and write-protected, as `Session.mark` makes a sentinel page."""
+    return bool(lib.sn_marked(pagemap_fd, address) == 1)
+
+
 def next_piece(
     pagemap_fd: int, start: int, end: int, *, max_pages: int, max_span: int, gap: int
 ) -> tuple[int, int, int] | None:
@@ -317,9 +322,9 @@ class Session:
         """Whether the address space still exists."""
         return bool(lib.sn_session_alive(self.handle))
 
-    def mark(self, nonce: int) -> bool:
-        """Put `nonce` on the sentinel page; False when the address space is gone."""
-        result = lib.sn_session_mark(self.handle, nonce)
+    def mark(self, *, on: bool) -> bool:
+        """Write-protect the sentinel page, or not; False when that can't be done now, or never more."""
+        result = lib.sn_session_mark(self.handle, on)
         return bool(result == 0)
 
     def stats(self) -> Stats:

@@ -96,7 +96,7 @@ void sn_session_stats(struct sn_session *session, struct sn_stats *ret);
 void sn_session_counts(struct sn_session *session, struct sn_counts *ret);
 uint64_t sn_session_regions(struct sn_session *session, struct sn_region *ret, uint64_t capacity);
 int sn_session_alive(struct sn_session *session);
-int sn_session_mark(struct sn_session *session, uint64_t nonce); /* puts the nonce on the sentinel page */
+int sn_session_mark(struct sn_session *session, int on); /* write-protects the sentinel page, or not */
 
 int sn_uffd_api(int uffd, int with_fork, uint64_t *ret_features);
 int sn_uffd_register(int uffd, uint64_t start, uint64_t length);
@@ -114,6 +114,7 @@ int sn_survey(struct sn_session *session, struct sn_thread *ret, int capacity, i
 int sn_next_piece(int pagemap_fd, uint64_t start, uint64_t end, uint64_t max_pages, uint64_t max_span, uint64_t gap,
 		  uint64_t *ret);
 int sn_watched(int pagemap_fd, uint64_t address); /* 1: registered for asynchronous write-protect */
+int sn_marked(int pagemap_fd, uint64_t address); /* 1: watched and write-protected */
 
 /* Steps 2 to 5 of a dump for one piece: stop, move, look, pin pass, go on. intervals: pairs of start and end, each
  * inside one mapping, at most 20. hint: the middle of a wide hole in the target, or 0. */

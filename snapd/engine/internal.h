@@ -257,6 +257,7 @@ enum uffd_result uffd_copy(int uffd, uint64_t to, const void *from, uint64_t byt
 enum uffd_result uffd_zero(int uffd, uint64_t at, uint64_t bytes);
 enum uffd_result uffd_poison(int uffd, uint64_t at, uint64_t bytes);
 enum uffd_result uffd_wake(int uffd, uint64_t at, uint64_t bytes);
+enum uffd_result uffd_protect(int uffd, uint64_t at, uint64_t bytes, bool on);
 bool uffd_changing(int uffd);
 int uffd_register(int uffd, uint64_t start, uint64_t bytes, uint64_t mode);
 int uffd_unregister(int uffd, uint64_t start, uint64_t bytes);

@@ -395,14 +395,11 @@ uint64_t sn_session_regions(struct sn_session *session, struct sn_region *ret, u
 	return n;
 }
 
-/* The sentinel page is never filled but by a mark: a copy onto it tells whether the mm is alive. */
-int sn_session_mark(struct sn_session *session, uint64_t nonce)
+/* The sentinel page is never filled. Write-protected or not, which the pagemap shows, it tells whose it is. */
+int sn_session_mark(struct sn_session *session, int on)
 {
-	uint64_t page[PAGE / 8] = {nonce};
-
-	switch (uffd_copy(session->uffd, session->sentinel, page, PAGE, 0, NULL)) {
+	switch (uffd_protect(session->uffd, session->sentinel, PAGE, on)) {
 	case UFFD_DONE: return 0;
-	case UFFD_EXISTS: return -EEXIST;
 	case UFFD_AGAIN: return -EAGAIN;
 	case UFFD_GONE: return -ESRCH;
 	case UFFD_NO_MEMORY: return -ENOMEM;

@@ -56,6 +56,14 @@ enum uffd_result uffd_wake(int uffd, uint64_t at, uint64_t bytes)
 	return meaning(ioctl(uffd, SNAPD_UFFDIO_WAKE, &range) ? errno : 0);
 }
 
+enum uffd_result uffd_protect(int uffd, uint64_t at, uint64_t bytes, bool on)
+{
+	struct snapd_uffd_writeprotect protect = {.range = {at, bytes},
+						  .mode = on ? SNAPD_UFFDIO_WRITEPROTECT_MODE_WP : 0};
+
+	return meaning(ioctl(uffd, SNAPD_UFFDIO_WRITEPROTECT, &protect) ? errno : 0);
+}
+
 /* Whether a call that raises an event is under way: then the kernel refuses everything that would fill, before it looks
  * at the arguments. */
 bool uffd_changing(int uffd)
@@ -124,6 +132,15 @@ int sn_watched(int pagemap_fd, uint64_t address)
 			      &region, 1, NULL);
 
 	return n < 0 ? (int)n : n > 0;
+}
+
+int sn_marked(int pagemap_fd, uint64_t address)
+{
+	struct snapd_page_region region;
+	long n = pagemap_scan(pagemap_fd, address, address + PAGE, SNAPD_PAGE_IS_WPALLOWED,
+			      SNAPD_PAGE_IS_WPALLOWED | SNAPD_PAGE_IS_WRITTEN, 0, &region, 1, NULL);
+
+	return n < 0 ? (int)n : n > 0 && !(region.categories & SNAPD_PAGE_IS_WRITTEN);
 }
 
 #define SCAN_REGIONS 512

@@ -148,8 +148,34 @@ class SessionInfo(Report):
 
 
 @dataclass(frozen=True, slots=True)
+class Totals(Report):
+    """What the daemon did for sessions since it began, those that have ended included.
+
+    `faults` were answered with zeros, from a page that was aside, or from the store; `retries` is how often an answer
+    had to wait for an event. `forks`, `removes`, `remaps` and `unmaps` are events of the programs' own doing.
+    """
+
+    sessions: int = 0
+    faults: int = 0
+    filled_zero: int = 0
+    filled_aside: int = 0
+    filled_stored: int = 0
+    retries: int = 0
+    bad_pages: int = 0
+    forks: int = 0
+    removes: int = 0
+    remaps: int = 0
+    unmaps: int = 0
+
+    def plus(self, *others: Totals) -> Totals:
+        """Return the sum."""
+        return Totals(**{item.name: sum(getattr(one, item.name) for one in (self, *others)) for item in fields(Totals)})
+
+
+@dataclass(frozen=True, slots=True)
 class StatusReport(Report):
-    """The daemon and the sessions that the caller may see."""
+    """The daemon, the sessions that the caller may see, and what all such sessions came to since the daemon began."""
 
     daemon: DaemonInfo
     sessions: tuple[SessionInfo, ...]
+    totals: Totals = Totals()

@@ -113,7 +113,7 @@ def test_json_has_the_keys_of_the_documentation(cli: Cli) -> None:
     }
     assert only_object(cli("detach", "--json", str(GOOD))) == {"pid": GOOD}
     status = only_object(cli("status", "--json"))
-    assert set(status) == {"daemon", "sessions"}
+    assert set(status) == {"daemon", "sessions", "totals"}
     assert set(status["daemon"]) == {"pid", "keeper_pid", "version"}
     assert all(set(session) >= SESSION_KEYS for session in status["sessions"])
     assert status["sessions"][0]["swapped_bytes"] == SESSIONS[0].swapped_bytes
@@ -261,7 +261,7 @@ def test_watch_with_json_is_an_object_a_line(cli: Cli) -> None:
     with subprocess.Popen(command, env=cli.env, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         for _ in range(3):
-            assert set(json.loads(child.stdout.readline())) == {"daemon", "sessions"}
+            assert set(json.loads(child.stdout.readline())) == {"daemon", "sessions", "totals"}
         child.send_signal(signal.SIGINT)
     assert child.returncode == 130
 

@@ -117,7 +117,7 @@ def test_calls_sent_at_once_are_answered_in_order(served: Served) -> None:
         "parameters": {"method": "io.heapsnapd.Fly"},
     }
     assert third is not None
-    assert set(third["parameters"]) == {"daemon", "sessions"}
+    assert set(third["parameters"]) == {"daemon", "sessions", "totals"}
     assert fourth == {"parameters": {"pid": 7}}
     assert raw.receive() is None
     raw.close()

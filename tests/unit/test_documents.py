@@ -27,8 +27,17 @@ from snapd.daemon.session import TRANSITIONS
 from snapd.engine import Outcome
 from snapd.errors import ERRORS, INTERFACE
 from snapd.protocol import agent, service
-from snapd.protocol.reports import DaemonInfo, DumpProgress, DumpReport, RestoreReport, SessionInfo, StatusReport
+from snapd.protocol.reports import (
+    DaemonInfo,
+    DumpProgress,
+    DumpReport,
+    RestoreReport,
+    SessionInfo,
+    StatusReport,
+    Totals,
+)
 from snapd.protocol.varlink import Call, Reply
+from snapd.torture import TortureReport
 from tests.cli.fake import Cli, Served
 
 if TYPE_CHECKING:
@@ -66,7 +75,7 @@ RUN_BY: Final = {
 }
 """Who runs a command line of the README: a file, and what of it does. Lines of snapd are parsed as well."""
 
-ONLY_PARSED: Final = {"daemon", "run", "doctor"}
+ONLY_PARSED: Final = {"daemon", "run", "torture", "doctor"}
 """Commands that the fake backend of the tests has no part in."""
 
 in_every_document = pytest.mark.parametrize("path", DOCUMENTS, ids=[str(one.relative_to(ROOT)) for one in DOCUMENTS])
@@ -248,7 +257,13 @@ def test_readme_has_every_key_of_the_reports() -> None:
     assert sorted(dump) == sorted(one.name for one in fields(DumpReport))
     status = [name for row in tables(section(README, "snapd status"))[0][1:] for name in codes(row[0])]
     assert sorted(status) == sorted(one.name for one in fields(SessionInfo))
-    for text, report in (("snapd status", DaemonInfo), ("snapd restore and snapd detach", RestoreReport)):
+    torture = [name for row in tables(section(README, "snapd torture"))[0][1:] for name in codes(row[0])]
+    assert sorted(torture) == sorted(one.name for one in fields(TortureReport))
+    for text, report in (
+        ("snapd status", DaemonInfo),
+        ("snapd status", Totals),
+        ("snapd restore and snapd detach", RestoreReport),
+    ):
         assert {one.name for one in fields(report)} <= set(codes(prose(section(README, text))))
 
 
@@ -342,7 +357,7 @@ def test_messages_of_the_control_socket_are_what_the_code_speaks() -> None:
             assert DumpReport.from_json(data["parameters"]["report"]).to_json() == data["parameters"]["report"]
         else:
             assert StatusReport.from_json(data["parameters"]).to_json() == data["parameters"]
-    assert seen == {"progress", "report", "daemon", "sessions", "pid"}
+    assert seen == {"progress", "report", "daemon", "sessions", "totals", "pid"}
 
 
 # docs/protocol.md

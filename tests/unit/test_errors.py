@@ -66,6 +66,13 @@ SENTENCES = {
             "or start it anew; meanwhile its pages are served and can be restored."
         ),
     ),
+    "NotStopping": (
+        29,
+        (
+            "Process 42 has a thread that does not stop, as in vfork or while it waits for a dead disk: try again "
+            "when that has ended."
+        ),
+    ),
     "StoreFull": (
         30,
         (
@@ -95,6 +102,13 @@ SENTENCES = {
     ),
     "UnsupportedPlatform": (42, "snapd does not run on /some/where: use Linux on x86-64 with CPython 3.11 or newer."),
     "Internal": (50, "snapd made a mistake of its own (/some/where): please report it together with the daemon's log."),
+    "NotManageable": (
+        125,
+        (
+            "The command /some/where cannot be managed (/some/where): take another one, or start it with 'snapd run', "
+            "which runs it as it would without snapd."
+        ),
+    ),
     "CommandNotExecutable": (
         126,
         "The command /some/where cannot be executed (/some/where): check its permissions and its format.",
