@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -82,8 +83,18 @@ class Daemon:
     not allowed.
     """
 
-    def __init__(self, *args: str, env: dict[str, str] | None = None, user: int | None = None) -> None:
-        """Start it and wait until it answers; `args` go behind `daemon`."""
+    def __init__(
+        self,
+        *args: str,
+        env: dict[str, str] | None = None,
+        user: int | None = None,
+        wrap: Callable[[list[str]], list[str]] | None = None,
+    ) -> None:
+        """Start it and wait until it answers; `args` go behind `daemon`.
+
+        Its directories are `user`'s. `wrap` makes the command what is to be executed instead, as that user or as
+        whoever is wanted; without it the daemon runs as `user`.
+        """
         self.directory = Path(tempfile.mkdtemp(prefix="snapd-test-"))
         self.directory.chmod(0o755)
         if user is not None:
@@ -100,14 +111,14 @@ class Daemon:
         }
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
-                [*SNAPD, "daemon", *args],
+                wrap([*SNAPD, "daemon", *args]) if wrap else [*SNAPD, "daemon", *args],
                 env={**os.environ, **environ, **(env or {})},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                user=user,
-                group=user,
+                user=None if wrap else user,
+                group=None if wrap else user,
             )
         try:
             wait_until(self._answers, "an answer on the daemon's control socket", START_S)
@@ -201,10 +212,10 @@ class Daemon:
             if _ALARMING.search(line) and not any(pattern.search(line) for pattern in self._allowed)
         ]
 
-    def terminate(self) -> None:
-        """Send SIGTERM and do not wait: `stop` does, at the end at the latest."""
+    def terminate(self, number: signal.Signals = signal.SIGTERM) -> None:
+        """Tell it to end and do not wait: `stop` does, at the end at the latest."""
         self._ending = True
-        self.process.terminate()
+        self.process.send_signal(number)
 
     def stop(self, timeout_s: float = STOP_S) -> None:
         """End it by SIGTERM, or by SIGKILL when that takes too long; HarnessError for all that was not right."""
@@ -228,12 +239,13 @@ class Daemon:
         elif self.process.poll() is not None and not self._ending:
             faults.append(f"it had ended by itself with status {self.process.returncode}")
         else:
-            self.process.terminate()
+            if not self._ending:
+                self.terminate()
             try:
                 if self.process.wait(timeout_s) != 0:
-                    faults.append(f"SIGTERM ended it with status {self.process.returncode}")
+                    faults.append(f"it was told to end, and did with status {self.process.returncode}")
             except subprocess.TimeoutExpired:
-                faults.append(f"it was still there {timeout_s:g} s after SIGTERM\n{threads_state(group)}")
+                faults.append(f"it was still there {timeout_s:g} s after it was told to end\n{threads_state(group)}")
         if not faults:
             try:
                 wait_until(lambda: not living(group), "the end of all its processes", timeout_s)

@@ -129,10 +129,10 @@ class Manager:
                 await self._in_thread(session, partial(session.restore, lambda _: None))
                 raise NotPermitted(pid, peer.uid)
             work = Dump(session, self._state_dir, options, self._from_thread(progress))
-            report = await self._in_thread(session, work.run)
-            if session.store is not None:
-                with contextlib.suppress(OSError):  # a file system that can't punch holes
-                    await self._in_thread(session, session.store.trim)
+            try:
+                report = await self._in_thread(session, work.run)
+            finally:  # also a dump that found the disk full must leave room for the next
+                await self._trim(session)
         log.info(
             "pid %d: dumped %d MiB in %.2f s, %d stops, longest %d us",
             pid,
@@ -147,7 +147,16 @@ class Manager:
         """Bring every page back."""
         session = self._authorised(peer, pid)
         async with self._operation(session, State.RESTORING):
-            return await self._in_thread(session, partial(session.restore, self._from_thread(progress)))
+            try:
+                return await self._in_thread(session, partial(session.restore, self._from_thread(progress)))
+            finally:
+                await self._trim(session)
+
+    async def _trim(self, session: Session) -> None:
+        """Give the file system back what of the store nobody needs any more."""
+        if session.store is not None and not session.gone.is_set():
+            with contextlib.suppress(OSError):  # a file system that can't punch holes
+                await self._in_thread(session, session.store.trim)
 
     async def detach(self, peer: Peer, pid: int) -> None:
         """Bring every page back and end the session; its agent does not come again."""
@@ -180,7 +189,8 @@ class Manager:
 
     async def status(self, peer: Peer, pid: int | None) -> StatusReport:
         """Return the sessions that the peer may see."""
-        if pid is not None and self._find(pid) is None:
+        asked = self._find(pid) if pid is not None else None
+        if pid is not None and (asked is None or peer.uid not in (0, asked.uid)):
             self._authorised(peer, pid)
         seen = [
             one

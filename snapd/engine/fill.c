@@ -179,7 +179,8 @@ enum fill_result fill_page(struct sn_session *session, struct filler *filler, ui
 			long n = place.aside ? aside_read(atomic_load(&session->pid), place.aside, filler->page, PAGE)
 					     : -EFAULT;
 
-			if (n == -ESRCH)
+			/* After an exec the process lives on, and its memory does not. */
+			if (n == -ESRCH || (n != (long)PAGE && !sn_session_alive(session)))
 				return FILL_GONE;
 			if (n != (long)PAGE) { /* dropped meanwhile, or this fill would be late: look anew */
 				if (nowait)

@@ -195,7 +195,10 @@ static void copy_aside(struct sn_session *session, struct pending *pending)
 
 				if (ENTRY_STATE(session->pm.entries[index]) != ST_ASIDE)
 					continue;
-				lost = aside_read(atomic_load(&source->pid), from, pages, PAGE) != (long)PAGE;
+				/* It is read by its pid, which may be another program's by now: what was read counts
+				 * only if the memory that it was meant for is there even after it. */
+				lost = aside_read(atomic_load(&source->pid), from, pages, PAGE) != (long)PAGE ||
+				       !sn_session_alive(source);
 				give_page(session, index, pages, lost, pending);
 			}
 		}

@@ -1,11 +1,10 @@
 """What the tests on the real kernel share: their marks, a place for figures, and state directories that count blocks.
 
-Owns what must be put back on the machine whatever happens (mounts, a device's mode, a sysctl). Knows no test.
+Owns the mounts that must go again whatever happens. Knows no test.
 """
 
 import contextlib
 import os
-import stat
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +16,6 @@ from tests.peers import lacking
 
 HERE = Path(__file__).parent
 DEVICE = Path("/dev/userfaultfd")
-UNPRIVILEGED = Path("/proc/sys/vm/unprivileged_userfaultfd")
 _FIGURES = pytest.StashKey[list[str]]()
 
 
@@ -40,7 +38,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 @pytest.fixture(autouse=True)
 def _real_kernel() -> None:
     if os.geteuid() != 0:
-        lacking("the tests on the real kernel change mounts, modes and users, which takes root")
+        lacking("the tests on the real kernel change mounts and users, which takes root")
     if not DEVICE.exists():
         lacking(f"{DEVICE} does not exist: the kernel lacks CONFIG_USERFAULTFD")
 
@@ -69,25 +67,3 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
     """Yield what mounts a file system of so many MiB, whose free blocks are nobody else's, and returns its path."""
     with contextlib.ExitStack() as mounts:
         yield lambda size_mib: mounts.enter_context(_mounted(tmp_path / f"disk-{size_mib}", size_mib))
-
-
-@pytest.fixture
-def open_device() -> Iterator[None]:
-    """Let everybody open /dev/userfaultfd for the time of a test."""
-    mode = DEVICE.stat().st_mode
-    DEVICE.chmod(0o666)
-    try:
-        yield
-    finally:
-        DEVICE.chmod(stat.S_IMODE(mode))
-
-
-@pytest.fixture
-def no_unprivileged_userfaultfd() -> Iterator[None]:
-    """Forbid the system call to plain users, as distributions do."""
-    before = UNPRIVILEGED.read_text()
-    UNPRIVILEGED.write_text("0")
-    try:
-        yield
-    finally:
-        UNPRIVILEGED.write_text(before)

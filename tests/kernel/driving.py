@@ -5,6 +5,7 @@ Knows the harness, and nothing of what a test is about.
 
 import contextlib
 import itertools
+import stat
 import struct
 import threading
 import time
@@ -14,6 +15,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from snapd.errors import NoSuchProcess, NotCooperating, SnapdError, TargetGone
+from snapd.protocol.options import DumpOptions
 from snapd.protocol.reports import DumpProgress, DumpReport
 from tests.harness import Daemon, HarnessError, rss_bytes
 
@@ -161,12 +163,14 @@ def present(pid: int, start: int, end: int) -> list[bool]:
 
 
 def stores_of(daemon: Daemon) -> list[Path]:
-    """Return where the stores are that the daemon has open: files without a name, by its descriptors."""
+    """Return where the stores are that the daemon has open: its descriptors of files without a name, each file once."""
+    device = Path(f"/proc/{daemon.pid}/root{daemon.state_dir}").stat().st_dev
     found: dict[int, Path] = {}
     for link in Path(f"/proc/{daemon.pid}/fd").iterdir():
         with contextlib.suppress(OSError):
-            if str(link.readlink()).startswith(f"{daemon.state_dir}/"):
-                found.setdefault(link.stat().st_ino, link)
+            file = link.stat()
+            if stat.S_ISREG(file.st_mode) and file.st_dev == device and not file.st_nlink:
+                found.setdefault(file.st_ino, link)
     return list(found.values())
 
 
@@ -179,8 +183,9 @@ def out_bytes(daemon: Daemon, pid: int) -> int:
 class RunningDump:
     """A dump that was seen to be under way; `outcome()` waits for its end."""
 
-    def __init__(self, daemon: Daemon, pid: int) -> None:
+    def __init__(self, daemon: Daemon, pid: int, *, level: int | None = None) -> None:
         """Begin it, and wait for its first progress."""
+        self._level = level
         self._result: DumpReport | Exception | None = None
         self._moving = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(daemon, pid), name="dump")
@@ -191,7 +196,7 @@ class RunningDump:
     def _run(self, daemon: Daemon, pid: int) -> None:
         try:
             with daemon.client() as client:
-                self._result = client.dump(pid, progress=self._progress)
+                self._result = client.dump(pid, DumpOptions(self._level), progress=self._progress)
         except Exception as error:  # noqa: BLE001 - outcome() returns it
             self._result = error
         self._moving.set()
