@@ -28,7 +28,7 @@ AGENT_SOCKET: Final = "agent.sock"
 LOCK_FILE: Final = "daemon.lock"
 
 RUNTIME_MODE: Final = 0o755
-STATE_MODE: Final = 0o700
+STATE_MODE: Final = 0o711
 SOCKET_MODE: Final = 0o666
 
 _SOCKET_PATH_MAX_BYTES: Final = 107  # sun_path of sockaddr_un, less the closing NUL
@@ -74,7 +74,9 @@ def _xdg(environ: Mapping[str, str], name: str) -> Path | None:
 
 
 def make_state_dir(path: Path) -> None:
-    """Make `path` when it is missing (mode 0700), and try that a store can be made in it.
+    """Make `path` when it is missing (mode 0711), and try that a store can be made in it.
+
+    Users reach their own snapshots through it, by name; there is nothing else that has one.
 
     Raises DirectoryUnusable with the kernel's reason otherwise.
     """

@@ -228,7 +228,7 @@ class NotStopping(SnapdError):
 @dataclass(eq=False)
 class StoreFull(SnapdError):
     """There is no room left for stored pages in {path}: free some space there, or start the daemon with another
-    --state-dir.
+    --state-dir or a lower --min-free.
     """
 
     path: str
@@ -262,6 +262,14 @@ class BadSnapshot(SnapdError):
     path: str
     reason: str
     exit_code = 33
+
+
+@dataclass(eq=False)
+class SnapshotExists(SnapdError):
+    """There is a snapshot named {name} already: choose another name, or remove that one first."""
+
+    name: str
+    exit_code = 34
 
 
 # What the machine can do: 40 to 49.

@@ -21,11 +21,21 @@ if TYPE_CHECKING:
     help="Where the stores are kept (SNAPD_STATE_DIR; else /var/lib/heap-snapd for root and "
     "$XDG_STATE_HOME/heap-snapd for others).",
 )
-def command(runtime_dir: Path, state_dir: str | None) -> None:
+@click.option(
+    "--min-free",
+    metavar="SIZE",
+    help="What stays free where the stores are, such as 512M or 10%; else 5%, at most 1 GiB.",
+)
+def command(runtime_dir: Path, state_dir: str | None, min_free: str | None) -> None:
     """Run the service in the foreground, until SIGTERM or Ctrl-C.
 
     It gives every page back before it ends. Both directories are made when they are missing.
     """
     from snapd.daemon.main import serve
+    from snapd.daemon.room import MinFree
 
-    serve(runtime_dir, directories.state_dir(state_dir))
+    try:
+        room = MinFree() if min_free is None else MinFree.parse(min_free)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--min-free") from error
+    serve(runtime_dir, directories.state_dir(state_dir), room)

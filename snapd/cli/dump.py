@@ -8,7 +8,7 @@ import click
 
 from snapd.cli import options, output, progress
 from snapd.client import Client
-from snapd.protocol.options import DumpOptions
+from snapd.protocol.options import SNAPSHOT_NAME, DumpOptions
 from snapd.protocol.reports import DumpReport
 
 if TYPE_CHECKING:
@@ -23,17 +23,28 @@ if TYPE_CHECKING:
     metavar="N",
     help="How hard zstd tries, from -7 (fast) to 22 (small); the daemon's own choice when left out.",
 )
+@click.option(
+    "--keep", metavar="NAME", help="Keep what the dump sees as a snapshot of that name: a file that is yours."
+)
 @options.as_json
 @options.runtime_dir
-def command(pids: tuple[int, ...], level: int | None, as_json: bool, runtime_dir: Path) -> None:
+def command(pids: tuple[int, ...], level: int | None, keep: str | None, as_json: bool, runtime_dir: Path) -> None:
     """Take the heap of each process PID out of memory while it runs.
 
-    Every page comes back by itself when the process touches it.
+    Every page comes back by itself when the process touches it. With --keep (and one PID) it is a snapshot as well,
+    for 'snapd verify' and 'snapd inspect'; whatever the process does later, it does not change.
     """
+    if keep is not None and not SNAPSHOT_NAME.fullmatch(keep):
+        raise click.BadParameter(
+            "a name has letters, digits, '.', '_' and '-', begins with a letter or digit, and has 100 at most.",
+            param_hint="--keep",
+        )
+    if keep is not None and len(pids) > 1:
+        raise click.UsageError("--keep names the snapshot of one process.")
     with output.errors_as_json(as_json), Client(runtime_dir) as client:
 
         def act(pid: int) -> dict[str, Any]:
-            steps = client.iter_dump(pid, DumpOptions(level=level))
+            steps = client.iter_dump(pid, DumpOptions(level=level, keep=keep))
             return progress.follow(steps, f"dump {pid}", hidden=as_json).to_json()
 
         output.each(pids, act, as_json=as_json, show=_show)
@@ -59,3 +70,5 @@ def _show(result: dict[str, Any]) -> None:
     if report.pieces_put_off:
         pieces = output.counted(report.pieces_put_off, "piece")
         output.line(f"  {pieces} put off because a thread did not stop in time")
+    if report.snapshot is not None:
+        output.line(f"  kept as {output.name(report.snapshot)}, {output.size(report.snapshot_bytes or 0)}")

@@ -27,6 +27,8 @@ COMMANDS = {
     "dump": "Take the heap of processes out of memory.",
     "restore": "Bring every page of processes back now.",
     "detach": "Bring every page back and let processes go.",
+    "verify": "Try every byte of a snapshot.",
+    "inspect": "Show what is in a snapshot.",
     "status": "Show the managed processes and their figures.",
     "torture": "Run a command and dump random parts of it until it ends.",
     "doctor": "Show what this machine can and cannot do.",

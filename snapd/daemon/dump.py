@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 from snapd import engine
 from snapd.daemon import policy, procfs
+from snapd.daemon.keep import Keeping, Looked, facts_of
 from snapd.daemon.session import Session, pagemap
 from snapd.engine import Outcome
 from snapd.errors import (
@@ -28,7 +29,7 @@ from snapd.errors import (
     TargetStopped,
     TargetTraced,
 )
-from snapd.pages import PAGE, Range, total_bytes
+from snapd.pages import PAGE, Range, subtract_all, total_bytes
 from snapd.protocol import agent
 from snapd.protocol.options import ALL_PERCENT, DumpOptions
 from snapd.protocol.reports import DumpProgress, DumpReport
@@ -36,6 +37,9 @@ from snapd.protocol.reports import DumpProgress, DumpReport
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from snapd.daemon.keep import Wish
+    from snapd.daemon.room import MinFree
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +50,6 @@ IN_FLIGHT: Final = 3
 RETRIES: Final = 6
 RETRY_DELAY_S: Final = 0.01
 SHARED_RETRIES: Final = 10
-MIN_STORE_FREE_BYTES: Final = 16 << 20
 MIN_PART_PAGES: Final = 8
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _MADV_POPULATE_WRITE: Final = 23
@@ -56,7 +59,14 @@ class Dump:
     """One dump of one session."""
 
     def __init__(
-        self, session: Session, state_dir: Path, options: DumpOptions, progress: Callable[[DumpProgress], None]
+        self,
+        session: Session,
+        state_dir: Path,
+        options: DumpOptions,
+        progress: Callable[[DumpProgress], None],
+        *,
+        room: MinFree,
+        wish: Wish | None = None,
     ) -> None:
         """Prepare; nothing is touched before `run`."""
         self._session = session
@@ -80,6 +90,13 @@ class Dump:
         self._batch: list[Range] = []
         self._batch_weight = 0
         self._again: list[Range] = []
+        self._room = room
+        self._wish = wish
+        self._keep: engine.Keep | None = None
+        self._looked: Looked | None = None
+        self._left: list[tuple[Range, str]] = []
+        self._snapshot: str | None = None
+        self._snapshot_bytes: int | None = None
 
     def run(self) -> DumpReport:
         """Do it; returns the figures.
@@ -90,14 +107,22 @@ class Dump:
         """
         began = time.monotonic()
         self._check_target()
+        keeping = Keeping(self._state_dir, self._wish, self._room) if self._wish else None
         before = procfs.resident_bytes(self._pid)
-        intervals = self._choose()
         try:
-            self._move_all(intervals)
+            if keeping:
+                self._keep = engine.Keep(self._native)
+            self._move_all(self._choose())
             while self._flying:
                 self._land()
+            if keeping and self._keep and self._looked:
+                facts = facts_of(self._pid, self._session.uid, self._looked)
+                self._snapshot_bytes = keeping.write(self._keep, self._looked, self._left, facts)
+                self._snapshot = str(keeping.path)
         finally:
             self._abandon()
+            if self._keep:
+                self._keep.close()
         self._session.native.trim()
         freed = max(0, before - procfs.resident_bytes(self._pid))
         return self._report(time.monotonic() - began, freed)
@@ -120,6 +145,8 @@ class Dump:
             sum_stop_us=sum(self._stops) // 1000,
             pieces_put_off=self._put_off,
             skipped=skipped,
+            snapshot=self._snapshot,
+            snapshot_bytes=self._snapshot_bytes,
         )
 
     def _check_target(self) -> None:
@@ -133,9 +160,8 @@ class Dump:
         self._session.answers()
         self._session.drop_stuck()
         self._check_sharing()
-        free = os.statvfs(self._state_dir)
-        if free.f_bavail * free.f_frsize < MIN_STORE_FREE_BYTES:
-            raise StoreFull(str(self._state_dir))
+        self._room.check(self._state_dir)
+        self._native.set_floor(self._room.floor_bytes(self._state_dir))
 
     def _check_sharing(self) -> None:
         """Another process in the same address space would run on while the threads stand."""
@@ -159,6 +185,7 @@ class Dump:
             time.sleep(RETRY_DELAY_S)
         else:
             raise TargetStopped(self._pid) if self._all_asleep() else NotStopping(self._pid)
+        maps = procfs.maps_lines(self._pid) if self._keep else ()
         mappings = procfs.smaps(self._pid)
         if not mappings:
             raise TargetGone(self._pid)
@@ -166,14 +193,21 @@ class Dump:
             mappings = self._forbid_fork(mappings)
         if len(mappings) > procfs.max_map_count() * 9 // 10:
             self._skipped["map_count"] += sum(one.memory_bytes for one in mappings)
+            self._looked = Looked(tuple(mappings), (), (), self._session.own, maps)
+            self._left += [(Range(one.start, one.end), "map_count") for one in mappings]
             return []
-        plan = policy.plan(mappings, [(one.stack, one.tls) for one in threads], self._session.own)
+        places = [(one.stack, one.tls) for one in threads]
+        plan = policy.plan(mappings, places, self._session.own)
+        stacks = tuple(policy.thread_ranges(places))
+        self._looked = Looked(tuple(mappings), plan.intervals, stacks, self._session.own, maps)
         self._skipped.update(plan.skipped)
         self._total_bytes = plan.total_bytes
         self._hint = policy.wide_hole(mappings, policy.MAX_PIECE_BYTES * 32)
         self._forked = self._native.take_forked()
         if self._options.share_percent < ALL_PERCENT:
-            return policy.scatter(plan.intervals, self._options.share_percent, self._options.seed)
+            chosen = policy.scatter(plan.intervals, self._options.share_percent, self._options.seed)
+            self._left += [(one, "not_chosen") for one in subtract_all(plan.intervals, chosen)]
+            return chosen
         return list(plan.intervals)
 
     def _all_asleep(self) -> bool:
@@ -220,6 +254,7 @@ class Dump:
                 self._put_off += len(intervals)
                 time.sleep(RETRY_DELAY_S * (attempt + 1))
         self._skipped["busy"] += total_bytes(intervals)
+        self._left += [(one, "busy") for one in intervals]
 
     def _collect(self, fd: int, interval: Range) -> None:
         """Put what of the interval has memory into batches, and move each batch that is full."""
@@ -256,6 +291,7 @@ class Dump:
         """
         parts = [part for part in procfs.exclusive_runs(fd, whole) if part.npages >= MIN_PART_PAGES]
         self._skipped["shared_with_child"] += max(0, pages * PAGE - total_bytes(parts))
+        self._left += [(one, "shared_with_child") for one in subtract_all([whole], parts)]
         for first in range(0, len(parts), agent.RUNS):
             runs = tuple((part.start, part.length_bytes) for part in parts[first : first + agent.RUNS])
             with contextlib.suppress(OSError):  # unmapped meanwhile: the stop looks again
@@ -271,6 +307,8 @@ class Dump:
         while len(self._flying) >= IN_FLIGHT:
             self._land()
         piece = engine.Piece(self._native, [(span.start, span.end) for span in batch], self._hint)
+        if self._keep:
+            piece.keep()
         report = piece.move()
         self._stops.append(report.stop_ns)
         if report.outcome is not Outcome.MOVED:
@@ -295,6 +333,7 @@ class Dump:
             self._again.append(span)
         else:
             self._skipped[outcome.name.lower()] += span.length_bytes
+            self._left.append((span, outcome.name.lower()))
 
     def _land(self) -> None:
         """See the oldest piece through: packed, then its staging dropped."""
@@ -305,6 +344,8 @@ class Dump:
         if report.cause:
             raise self._meaning(OSError(-report.cause, os.strerror(-report.cause)))
         try:
+            if self._keep:
+                self._keep.take(piece)
             piece.drop(DROP_SLICE_BYTES, DROP_BREATH_US)
         except OSError as error:
             raise self._meaning(error) from error

@@ -13,15 +13,18 @@ import signal
 import socket
 import sys
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import trio
 
 from snapd import engine
-from snapd.daemon import agents, server
+from snapd.daemon import agents, keep, server
 from snapd.daemon.manager import Manager
 from snapd.directories import AGENT_SOCKET, RuntimeLock, make_state_dir
 from snapd.errors import Internal
+
+if TYPE_CHECKING:
+    from snapd.daemon.room import MinFree
 
 log = logging.getLogger(__name__)
 
@@ -30,13 +33,14 @@ THREAD_STACK_BYTES: Final = 512 * 1024
 _MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
 
 
-def serve(runtime_dir: Path, state_dir: Path) -> None:
+def serve(runtime_dir: Path, state_dir: Path, room: MinFree) -> None:
     """Run the daemon until SIGTERM or SIGINT; then every page is given back.
 
     Raises DirectoryUnusable or DaemonRunning when it cannot start, Internal when there is no libzstd.
     """
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="snapd: %(levelname)s: %(message)s")
     make_state_dir(state_dir)
+    keep.sweep(state_dir)
     _raise_limits()
     _lock_memory()
     try:
@@ -49,7 +53,7 @@ def serve(runtime_dir: Path, state_dir: Path) -> None:
         agent.listen(128)
         log.info("serving %s (%s)", runtime_dir, source)
         try:
-            trio.run(_main, control, agent, state_dir)
+            trio.run(_main, control, agent, state_dir, room)
         except Exception:
             log.exception("the daemon ends by a mistake of its own")
             raise
@@ -79,9 +83,9 @@ def _lock_memory() -> None:
         log.info("the OOM score stays: %s", error.strerror)
 
 
-async def _main(control: socket.socket, agent: socket.socket, state_dir: Path) -> None:
+async def _main(control: socket.socket, agent: socket.socket, state_dir: Path, room: MinFree) -> None:
     async with trio.open_nursery() as nursery:
-        manager = Manager(state_dir, nursery)
+        manager = Manager(state_dir, nursery, room)
         nursery.start_soon(manager.listen_to_engine)
         nursery.start_soon(agents.serve_agents, agent, manager.handlers(), manager.may)
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:

@@ -20,6 +20,7 @@ import trio
 from snapd import __version__, engine
 from snapd.daemon import agents, procfs
 from snapd.daemon.dump import Dump
+from snapd.daemon.keep import wish_for
 from snapd.daemon.session import Session, State, pagemap
 from snapd.engine import NoticeKind
 from snapd.errors import (
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from snapd.daemon.agents import AgentSocket
+    from snapd.daemon.room import MinFree
     from snapd.daemon.server import Peer, Progress
     from snapd.protocol.options import DumpOptions
 
@@ -68,9 +70,10 @@ CHILD_PID_DELAYS_S: Final = (0.0, 0.05, 0.2, 0.5, 1.0, 2.0, 4.0)
 class Manager:
     """All sessions of one daemon."""
 
-    def __init__(self, state_dir: Path, nursery: trio.Nursery) -> None:
-        """Keep stores in `state_dir`; watch sessions by tasks of `nursery`."""
+    def __init__(self, state_dir: Path, nursery: trio.Nursery, room: MinFree) -> None:
+        """Keep stores in `state_dir` as long as it has `room`; watch sessions by tasks of `nursery`."""
         self._state_dir = state_dir
+        self._room = room
         self._nursery = nursery
         self._sessions: dict[int, Session] = {}  # by the engine's key
         self._refused: set[tuple[int, str]] = set()
@@ -121,6 +124,7 @@ class Manager:
         """Do one dump; SessionBusy while another of this session runs."""
         session = self._authorised(peer, pid)
         session.refuse_second_dump()
+        wish = wish_for(options.keep, peer.uid, peer.gid, pid) if options.keep is not None else None
         async with self._operation(session, State.DUMPING):
             if self._ending.is_set():
                 raise SessionBusy(pid)  # it has been given back, for the end of the daemon
@@ -128,7 +132,7 @@ class Manager:
                 log.info("pid %d: its user changed: it is let go", pid)
                 await self._in_thread(session, partial(session.restore, lambda _: None))
                 raise NotPermitted(pid, peer.uid)
-            work = Dump(session, self._state_dir, options, self._from_thread(progress))
+            work = Dump(session, self._state_dir, options, self._from_thread(progress), room=self._room, wish=wish)
             try:
                 report = await self._in_thread(session, work.run)
             finally:  # also a dump that found the disk full must leave room for the next

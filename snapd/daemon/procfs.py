@@ -73,6 +73,14 @@ def maps(pid: int) -> list[Mapping]:
     return _mappings(pid, "maps")
 
 
+def maps_lines(pid: int) -> tuple[str, ...]:
+    """Return the lines of /proc/PID/maps as they are; empty when the process is gone."""
+    try:
+        return tuple(os.fsdecode(Path(f"/proc/{pid}/maps").read_bytes()).splitlines())
+    except (FileNotFoundError, ProcessLookupError):
+        return ()
+
+
 def _mappings(pid: int, name: str) -> list[Mapping]:
     try:
         with Path(f"/proc/{pid}/{name}").open("rb") as file:

@@ -19,7 +19,7 @@ import trio
 from snapd.directories import CONTROL_SOCKET, RuntimeLock
 from snapd.errors import INTERFACE, Internal, NoSuchProcess, ProtocolError, SnapdError
 from snapd.protocol import service
-from snapd.protocol.options import ALL_PERCENT, MAX_LEVEL, MIN_LEVEL, DumpOptions
+from snapd.protocol.options import ALL_PERCENT, MAX_LEVEL, MIN_LEVEL, SNAPSHOT_NAME, DumpOptions
 from snapd.protocol.reports import DumpProgress, DumpReport, RestoreReport, StatusReport
 from snapd.protocol.varlink import Call, Parameters, Reply, ServerConnection
 
@@ -214,12 +214,13 @@ class _Server:
         backend = self._backend
         match call.method.removeprefix(f"{INTERFACE}."):
             case "Dump":
-                given = service.parameters(call, "pid", "level", "share_percent", "seed")
+                given = service.parameters(call, "pid", "level", "share_percent", "seed", "keep")
                 pid = _pid(given)
                 options = DumpOptions(
                     level=service.optional_integer(given, "level", MIN_LEVEL, MAX_LEVEL),
                     share_percent=service.optional_integer(given, "share_percent", 1, ALL_PERCENT) or ALL_PERCENT,
                     seed=service.optional_integer(given, "seed", 0) or 0,
+                    keep=service.optional_name(given, "keep", SNAPSHOT_NAME),
                 )
                 job = self._start(lambda progress: backend.dump(peer, pid, options=options, progress=progress))
                 return await _report(job, call, stream)

@@ -18,6 +18,7 @@ from snapd.engine._engine import ffi, lib
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from types import TracebackType
 
 WIRE_BYTES: Final = 1024
 SILENT: Final = frozenset({errno.EINPROGRESS, errno.EHOSTDOWN})
@@ -38,6 +39,14 @@ class Outcome(enum.IntEnum):
     SEALED = 7
     FAILED = 8
     SILENT = 9
+
+
+class PartKind(enum.IntEnum):
+    """Whether the content of kept pages is known: `enum sn_unheld`."""
+
+    HELD = 0
+    PINNED = 1
+    ASIDE = 2
 
 
 class NoticeKind(enum.IntEnum):
@@ -146,6 +155,15 @@ class Region:
     npages: int
     first: int
     aside: int
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Pages in a row of a dump that is kept."""
+
+    start: int
+    npages: int
+    kind: PartKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -350,6 +368,10 @@ class Session:
                 return [Region(raw[i].start, raw[i].npages, raw[i].first, raw[i].aside) for i in range(n)]
             capacity = int(n) + 256
 
+    def set_floor(self, free_bytes: int) -> None:
+        """Let packing stop with ENOSPC before the store's file system has less than that free."""
+        lib.sn_store_set_floor(lib.sn_session_store(self.handle), free_bytes)
+
     def take_forked(self) -> bool:
         """Whether the target forked since the last call."""
         return bool(lib.sn_session_take_forked(self.handle))
@@ -437,14 +459,14 @@ class Piece:
         """
         flat = [address for pair in intervals for address in pair]
         self._spans = len(intervals)
-        self._handle = lib.sn_piece_create(session.handle, flat, len(intervals), hint)
-        if not self._handle:
+        self.handle = lib.sn_piece_create(session.handle, flat, len(intervals), hint)
+        if not self.handle:
             raise MemoryError
 
     def move(self) -> PieceReport:
         """Stop the target, move the intervals aside, look, pin pass, let it go on."""
         raw = ffi.new("struct sn_piece_report *")
-        lib.sn_piece_move(self._handle, raw)
+        lib.sn_piece_move(self.handle, raw)
         special = {"outcome", "outcomes", "causes"}
         values = {name: getattr(raw, name) for name in PieceReport.__slots__ if name not in special}
         return PieceReport(
@@ -454,29 +476,97 @@ class Piece:
             **values,
         )
 
+    def keep(self) -> None:
+        """Before the move: note what the stop finds, for a snapshot. MemoryError."""
+        if lib.sn_piece_keep(self.handle):
+            raise MemoryError
+
     def pack(self, level: int) -> None:
         """Queue the pages for the packing threads."""
-        check(lib.sn_piece_pack(self._handle, level))
+        check(lib.sn_piece_pack(self.handle, level))
 
     def wait(self) -> PackReport:
         """Wait until the packing threads are through."""
         raw = ffi.new("struct sn_pack_report *")
-        lib.sn_piece_wait(self._handle, raw)
+        lib.sn_piece_wait(self.handle, raw)
         return PackReport(*(getattr(raw, name) for name in PackReport.__slots__))
 
     def give_back(self) -> None:
         """After a failed store: return what is still aside to the target. OSError EAGAIN: some must wait aside."""
-        check(lib.sn_piece_return(self._handle))
+        check(lib.sn_piece_return(self.handle))
 
     def drop(self, slice_bytes: int, breath_us: int) -> None:
         """Unmap the staging. OSError EBUSY while a page has no other home."""
-        check(lib.sn_piece_drop(self._handle, slice_bytes, breath_us))
+        check(lib.sn_piece_drop(self.handle, slice_bytes, breath_us))
 
     def close(self) -> None:
         """Forget the piece."""
-        handle, self._handle = self._handle, None
+        handle, self.handle = self.handle, None
         if handle:
             lib.sn_piece_free(handle)
+
+
+class Keep:
+    """What a dump saw of each page, with references to the frames. Close it when they are copied, or not wanted."""
+
+    def __init__(self, session: Session) -> None:
+        """Take what is out now; MemoryError."""
+        self._handle = lib.sn_keep_create(session.handle)
+        if not self._handle:
+            raise MemoryError
+
+    def take(self, piece: Piece) -> None:
+        """Take what was kept of a piece that is packed."""
+        check(lib.sn_keep_take(self._handle, piece.handle))
+
+    def parts(self) -> list[Part]:
+        """Return the pages by the time at which they were seen: where parts overlap, the later one counts."""
+        n = int(lib.sn_keep_parts(self._handle, ffi.NULL, 0))
+        raw = ffi.new("struct sn_part[]", n)
+        lib.sn_keep_parts(self._handle, raw, n)
+        return [Part(raw[i].start, raw[i].npages, PartKind(raw[i].reason)) for i in range(n)]
+
+    def copy_to(self, fd: int, store_id: bytes, offset: int) -> Copy:
+        """Begin to copy frames into another store, from `offset` on."""
+        return Copy(lib.sn_copy_create(self._handle, fd, store_id, offset))
+
+    def close(self) -> None:
+        """Let the frames go."""
+        handle, self._handle = self._handle, None
+        if handle:
+            lib.sn_keep_free(handle)
+
+
+class Copy:
+    """Frames on their way into another store; a context manager."""
+
+    def __init__(self, handle: Any) -> None:
+        """Wrap a handle; MemoryError for none."""
+        if not handle:
+            raise MemoryError
+        self._handle = handle
+
+    def part(self, part: int, skip: int, npages: int) -> bytes:
+        """Copy pages of a part; returns their entries, which name the new frames. OSError as writing gives it."""
+        entries = ffi.new("uint64_t[]", npages)
+        check(lib.sn_copy_part(self._handle, part, skip, npages, entries))
+        return bytes(ffi.buffer(entries))
+
+    def finish(self) -> int:
+        """Write what is left; returns where the frames end."""
+        end = ffi.new("uint64_t *")
+        check(lib.sn_copy_finish(self._handle, end))
+        return int(end[0])
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Forget it."""
+        lib.sn_copy_free(self._handle)
 
 
 def bench_codec(pages: bytes, level: int, threads: int) -> tuple[float, float, int]:

@@ -77,6 +77,7 @@ int sn_next_notice(struct sn_notice *ret); /* 1 when there was one */
 struct sn_store *sn_store_open(int fd, const unsigned char *id, uint64_t tail);
 void sn_store_release(struct sn_store *store);
 void sn_store_stats(struct sn_store *store, struct sn_store_stats *ret);
+void sn_store_set_floor(struct sn_store *store, uint64_t free_bytes); /* packing keeps that much free */
 int sn_store_trim(struct sn_store *store); /* gives space of dead segments back to the file system */
 
 int sn_page_map_create(void); /* a sealed memfd, or a negative errno */
@@ -125,6 +126,25 @@ int sn_piece_pack(struct sn_piece *piece, int level);
 int sn_piece_wait(struct sn_piece *piece, struct sn_pack_report *ret);
 /* Instead of step 7 after a failed store: pages that are still aside return by fills. -EAGAIN: some must wait there. */
 int sn_piece_return(struct sn_piece *piece);
+/* A dump whose pages are kept: what is out when it begins, and what each piece's stop found. NULL: no memory. */
+struct sn_keep *sn_keep_create(struct sn_session *session);
+void sn_keep_free(struct sn_keep *keep);
+int sn_piece_keep(struct sn_piece *piece); /* before the move */
+int sn_keep_take(struct sn_keep *keep, struct sn_piece *piece); /* after the wait */
+/* Pages in a row by the time at which they were seen: where parts overlap, the later one counts. */
+enum sn_unheld { SN_HELD = 0, SN_UNHELD_PINNED = 1, SN_UNHELD_ASIDE = 2 };
+struct sn_part {
+	uint64_t start, npages;
+	int reason;
+};
+uint64_t sn_keep_parts(struct sn_keep *keep, struct sn_part *ret, uint64_t capacity);
+/* Copies the frames of pages of a part behind those that are in fd, sealed for the store id. The entries that come back
+ * name the new frames; a frame that cannot be read gives BAD. */
+struct sn_copy *sn_copy_create(struct sn_keep *keep, int fd, const unsigned char *id, uint64_t offset);
+void sn_copy_free(struct sn_copy *copy);
+int sn_copy_part(struct sn_copy *copy, uint64_t part, uint64_t skip, uint64_t npages, uint64_t *ret_entries);
+int sn_copy_finish(struct sn_copy *copy, uint64_t *ret_end);
+
 /* Step 7: unmap the staging in slices of at most slice bytes, breath_us apart. */
 int sn_piece_drop(struct sn_piece *piece, uint64_t slice, unsigned int breath_us);
 void sn_piece_free(struct sn_piece *piece);

@@ -173,6 +173,17 @@ void frame_opener_destroy(struct frame_opener *opener)
 	free(opener);
 }
 
+bool frame_is_whole(const struct sn_store *store, uint64_t offset, const unsigned char *frame, uint64_t bytes)
+{
+	struct frame_header header;
+
+	if (bytes < FRAME_HEADER || bytes > FRAME_MAX)
+		return false;
+	memcpy(&header, frame, sizeof(header));
+	return header.payload && FRAME_HEADER + (uint64_t)header.payload <= bytes &&
+	       header.crc == frame_check(store, offset, frame);
+}
+
 enum frame_error frame_open(struct frame_opener *opener, const struct sn_store *store, uint64_t offset,
 			    const unsigned char *frame, uint64_t bytes, void *page)
 {
@@ -180,10 +191,9 @@ enum frame_error frame_open(struct frame_opener *opener, const struct sn_store *
 
 	if (bytes < FRAME_HEADER || bytes > FRAME_MAX)
 		return FRAME_BAD_ENTRY;
-	memcpy(&header, frame, sizeof(header));
-	if (!header.payload || FRAME_HEADER + (uint64_t)header.payload > bytes ||
-	    header.crc != frame_check(store, offset, frame))
+	if (!frame_is_whole(store, offset, frame, bytes))
 		return FRAME_BAD_CHECK;
+	memcpy(&header, frame, sizeof(header));
 	if (header.dictionary)
 		return FRAME_BAD_DECODE;
 	if (header.flags == CODEC_RAW && header.payload == PAGE) {

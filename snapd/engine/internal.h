@@ -126,6 +126,7 @@ int pm_alloc(struct page_map *pm, uint64_t npages, uint64_t *ret_first);
 #define SEGMENT_SHIFT 20
 #define SEGMENT_BYTES (1UL << SEGMENT_SHIFT)
 #define MAX_SEGMENTS (1UL << 20)
+#define HEADER_BYTES 4096UL
 
 struct sn_store {
 	int fd;
@@ -136,10 +137,11 @@ struct sn_store {
 	_Atomic uint64_t tail;
 	_Atomic uint32_t *live; /* references to frames by segment, of all page maps */
 	uint8_t *trimmed;
-	_Atomic uint64_t trimmed_bytes;
+	_Atomic uint64_t trimmed_bytes, floor;
 };
 
 /* store.c */
+void store_name(struct sn_store *store, const unsigned char *id);
 int store_reserve(struct sn_store *store, uint64_t bytes, uint64_t *ret_offset);
 int store_write(struct sn_store *store, const void *frames, uint64_t bytes, uint64_t offset);
 void store_hold(struct sn_store *store, uint64_t offset);
@@ -171,6 +173,8 @@ void frame_packer_destroy(struct frame_packer *packer);
 /* Writes the frame of a page without its check; returns its padded bytes. room is at least FRAME_MAX. */
 uint32_t frame_pack(struct frame_packer *packer, int level, const void *page, unsigned char *room);
 void frame_seal(const struct sn_store *store, uint64_t offset, unsigned char *frame);
+/* Whether the check of a frame is right for its place; the payload is not decoded. */
+bool frame_is_whole(const struct sn_store *store, uint64_t offset, const unsigned char *frame, uint64_t bytes);
 struct frame_opener *frame_opener_create(void);
 void frame_opener_destroy(struct frame_opener *opener);
 enum frame_error frame_open(struct frame_opener *opener, const struct sn_store *store, uint64_t offset,
@@ -361,6 +365,7 @@ struct sn_piece { /* what goes aside in one stop */
 	struct segment *segments;
 	long nsegments;
 	uint8_t *decisions;
+	uint64_t *kept; /* of a dump that is kept: an entry a page, or one of KEPT_*; else NULL */
 	struct snapd_page_region *regions;
 	uint64_t dropped; /* bytes, in the order of the drop: no address is unmapped twice */
 	/* packing */
@@ -369,6 +374,13 @@ struct sn_piece { /* what goes aside in one stop */
 	int level, jobs_left, cause;
 	struct sn_pack_report packed;
 };
+
+/* keep.c: what no entry can be */
+#define KEPT_LEFT (~0ULL)	/* nothing is known of it */
+#define KEPT_PINNED (~0ULL - 1) /* it stayed in memory */
+#define KEPT_ASIDE (~0ULL - 2)	/* it is served from where it could not be stored */
+void piece_note_kept(struct sn_piece *piece, uint64_t page, uint64_t entry);
+void piece_forget_kept(struct sn_piece *piece);
 
 static inline uint64_t span_bytes(const struct span *span)
 {

@@ -585,8 +585,12 @@ static void settle(struct sn_piece *piece, struct sn_piece_report *ret)
 		for (uint64_t page = span->base; page < span->base + span->npages; page++) {
 			uint64_t index = entry_of(piece, page, &segment);
 
-			entry_put(session, index,
-				  settled(entries[index] & ~ENTRY_MOVING, (enum decision)piece->decisions[page], ret));
+			uint64_t entry =
+				settled(entries[index] & ~ENTRY_MOVING, (enum decision)piece->decisions[page], ret);
+
+			if (piece->kept)
+				piece_note_kept(piece, page, entry);
+			entry_put(session, index, entry);
 		}
 	}
 	pm_commit(&session->pm, pm_applied(&session->pm));

@@ -35,7 +35,7 @@ static struct {
 } queue = {.lock = PTHREAD_MUTEX_INITIALIZER, .ready = PTHREAD_COND_INITIALIZER, .room = PTHREAD_COND_INITIALIZER};
 
 struct batch {
-	uint64_t index[BATCH_PAGES];
+	uint64_t index[BATCH_PAGES], page[BATCH_PAGES]; /* the entry, and which page of the piece it is */
 	uint32_t bytes[BATCH_PAGES];
 	int n;
 	uint64_t used;
@@ -86,8 +86,9 @@ static bool publish(struct sn_session *session, uint64_t index, uint64_t entry)
 	return atomic_compare_exchange_strong(&session->pm.entries[index], &old, entry);
 }
 
-static int write_batch(struct sn_session *session, struct batch *batch, struct sn_pack_report *report)
+static int write_batch(struct sn_piece *piece, struct batch *batch, struct sn_pack_report *report)
 {
+	struct sn_session *session = piece->session;
 	struct sn_store *store = session->store;
 	uint64_t offset, at;
 	int error;
@@ -107,6 +108,10 @@ static int write_batch(struct sn_session *session, struct batch *batch, struct s
 	for (int i = 0; i < batch->n && !error; i++) {
 		uint64_t entry = ENTRY_MAKE(ST_STORED, at, batch->bytes[i]);
 
+		if (piece->kept) {
+			store_hold_entry(store, entry);
+			piece->kept[batch->page[i]] = entry;
+		}
 		store_hold_entry(store, entry);
 		if (publish(session, batch->index[i], entry)) {
 			report->stored_pages++;
@@ -135,10 +140,12 @@ static int pack_job(const struct job *job, struct frame_packer *packer, struct b
 	for (uint64_t k = 0; k < job->npages; k++) {
 		char *from = (char *)(uintptr_t)(job->staging + k * PAGE);
 
-		/* What could not go back to its address is not in the staging, and served from where it is. */
-		if (ENTRY_STATE(session->pm.entries[job->first + k]) != ST_ASIDE ||
-		    job->piece->decisions[job->base + k] == LEFT_ASIDE)
+		/* What could not go back to its address is not in the staging, and served from where it is. A snapshot
+		 * wants the page as the stop found it, also when the program has it back by now. */
+		if (job->piece->decisions[job->base + k] != DIRTY ||
+		    (ENTRY_STATE(session->pm.entries[job->first + k]) != ST_ASIDE && !job->piece->kept))
 			continue;
+		batch->page[batch->n] = job->base + k;
 		batch->index[batch->n++] = job->first + k;
 		if (nruns && (char *)remote[nruns - 1].iov_base + remote[nruns - 1].iov_len == from)
 			remote[nruns - 1].iov_len += PAGE;
@@ -160,14 +167,17 @@ static int pack_job(const struct job *job, struct frame_packer *packer, struct b
 		if (is_zero(page)) {
 			if (publish(session, batch->index[i], ST_ZERO))
 				report->zero_pages++;
+			if (job->piece->kept)
+				job->piece->kept[batch->page[i]] = ST_ZERO;
 			continue;
 		}
 		batch->bytes[kept] = frame_pack(packer, job->piece->level, page, batch->frames + batch->used);
 		batch->used += batch->bytes[kept];
+		batch->page[kept] = batch->page[i];
 		batch->index[kept++] = batch->index[i];
 	}
 	batch->n = kept;
-	return write_batch(session, batch, report);
+	return write_batch(job->piece, batch, report);
 }
 
 static void *pack_main(void *unused)

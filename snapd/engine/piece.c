@@ -85,6 +85,7 @@ void sn_piece_free(struct sn_piece *piece)
 	pthread_rwlock_unlock(&session->lock);
 	pthread_mutex_destroy(&piece->lock);
 	pthread_cond_destroy(&piece->done);
+	piece_forget_kept(piece);
 	free(piece->segments);
 	free(piece->decisions);
 	free(piece->regions);

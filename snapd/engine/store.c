@@ -8,7 +8,14 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <stdlib.h>
+#include <sys/statvfs.h>
 #include <unistd.h>
+
+void store_name(struct sn_store *store, const unsigned char *id)
+{
+	memcpy(store->id, id, sizeof(store->id));
+	store->id_crc = frame_crc(0, id, sizeof(store->id));
+}
 
 struct sn_store *sn_store_open(int fd, const unsigned char *id, uint64_t tail)
 {
@@ -25,8 +32,7 @@ struct sn_store *sn_store_open(int fd, const unsigned char *id, uint64_t tail)
 		return NULL;
 	}
 	store->fd = fd;
-	memcpy(store->id, id, sizeof(store->id));
-	store->id_crc = frame_crc(0, id, sizeof(store->id));
+	store_name(store, id);
 	atomic_store(&store->references, 1);
 	atomic_store(&store->tail, tail);
 	pthread_mutex_init(&store->lock, NULL);
@@ -54,6 +60,20 @@ void store_unhold(struct sn_store *store, uint64_t offset)
 	atomic_fetch_sub_explicit(&store->live[offset >> SEGMENT_SHIFT], 1, memory_order_release);
 }
 
+void sn_store_set_floor(struct sn_store *store, uint64_t free_bytes)
+{
+	atomic_store(&store->floor, free_bytes);
+}
+
+/* Looked at once a segment: what others on the file system need stays theirs. */
+static bool below_floor(struct sn_store *store)
+{
+	uint64_t floor = atomic_load(&store->floor);
+	struct statvfs there;
+
+	return floor && fstatvfs(store->fd, &there) == 0 && (uint64_t)there.f_bavail * there.f_frsize < floor;
+}
+
 /* The room is held, so that no segment of it is given back before its entries are published: the caller unholds. */
 int store_reserve(struct sn_store *store, uint64_t bytes, uint64_t *ret_offset)
 {
@@ -66,6 +86,8 @@ int store_reserve(struct sn_store *store, uint64_t bytes, uint64_t *ret_offset)
 		*ret_offset = (*ret_offset + SEGMENT_BYTES - 1) & ~(SEGMENT_BYTES - 1);
 	if (*ret_offset + bytes > MAX_SEGMENTS << SEGMENT_SHIFT) {
 		error = -EFBIG;
+	} else if (*ret_offset % SEGMENT_BYTES == 0 && below_floor(store)) {
+		error = -ENOSPC;
 	} else {
 		store_hold(store, *ret_offset);
 		atomic_store(&store->tail, *ret_offset + bytes);
@@ -103,21 +125,39 @@ void sn_store_stats(struct sn_store *store, struct sn_store_stats *ret)
 	}
 }
 
+static int punch(struct sn_store *store, uint64_t segment)
+{
+	uint64_t from = segment ? segment << SEGMENT_SHIFT : HEADER_BYTES; /* the first one begins with the header */
+	uint64_t to = (segment + 1) << SEGMENT_SHIFT;
+
+	if (fallocate(store->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)from, (off_t)(to - from)))
+		return -errno;
+	store->trimmed[segment / 8] |= (uint8_t)(1 << (segment % 8));
+	atomic_fetch_add(&store->trimmed_bytes, to - from);
+	return 0;
+}
+
+static bool is_dead(const struct sn_store *store, uint64_t segment)
+{
+	return !atomic_load_explicit(&store->live[segment], memory_order_acquire) &&
+	       !(store->trimmed[segment / 8] & (1 << (segment % 8)));
+}
+
 int sn_store_trim(struct sn_store *store)
 {
-	uint64_t last = atomic_load(&store->tail) >> SEGMENT_SHIFT;
+	uint64_t last;
+	int error = 0;
 
+	/* The segment that is being filled: when nobody needs it any more it is left behind like the others. */
+	pthread_mutex_lock(&store->lock);
+	last = atomic_load(&store->tail) >> SEGMENT_SHIFT;
+	if (atomic_load(&store->tail) > HEADER_BYTES && is_dead(store, last))
+		atomic_store(&store->tail, ++last << SEGMENT_SHIFT);
+	pthread_mutex_unlock(&store->lock);
 	/* A segment below the tail gains no references once it has none: frames are only appended, and a fork copies
-	 * references that exist. The first segment holds the header. */
-	for (uint64_t i = 1; i < last; i++) {
-		if (atomic_load_explicit(&store->live[i], memory_order_acquire) ||
-		    store->trimmed[i / 8] & (1 << (i % 8)))
-			continue;
-		if (fallocate(store->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)(i << SEGMENT_SHIFT),
-			      1 << SEGMENT_SHIFT))
-			return -errno;
-		store->trimmed[i / 8] |= (uint8_t)(1 << (i % 8));
-		atomic_fetch_add(&store->trimmed_bytes, 1UL << SEGMENT_SHIFT);
-	}
-	return 0;
+	 * references that exist. */
+	for (uint64_t i = 0; i < last && !error; i++)
+		if (is_dead(store, i))
+			error = punch(store, i);
+	return error;
 }

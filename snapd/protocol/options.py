@@ -5,12 +5,17 @@ Owns names and limits; knows nothing of how they are carried or carried out.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 MIN_LEVEL: Final = -7
 MAX_LEVEL: Final = 22
 ALL_PERCENT: Final = 100
+
+
+SNAPSHOT_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+"""What a snapshot may be called: it becomes a file's name, and no path."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,17 +23,19 @@ class DumpOptions:
     """`level` is zstd's, None for the daemon's own choice.
 
     `share_percent` below 100 takes a random part of the heap, in random intervals that `seed` decides: for tests that
-    want pages in every state.
+    want pages in every state. `keep` is the name under which the dump is kept as a snapshot.
     """
 
     level: int | None = None
     share_percent: int = ALL_PERCENT
     seed: int = 0
+    keep: str | None = None
 
-    def parameters(self) -> dict[str, int]:
+    def parameters(self) -> dict[str, Any]:
         """Return what differs from the defaults, as the control socket carries it."""
         chosen = {"share_percent": self.share_percent, "seed": self.seed} if self.share_percent < ALL_PERCENT else {}
-        return chosen if self.level is None else {"level": self.level, **chosen}
+        wished = {"level": self.level, "keep": self.keep}
+        return {**{name: value for name, value in wished.items() if value is not None}, **chosen}
 
 
 EVERYTHING: Final = DumpOptions()

@@ -88,6 +88,7 @@ class DumpReport(Report):
     the store, `zero_bytes` were all zero, and `clean_bytes` kept the frames that they had. `freed_bytes` is what
     the target's resident memory lost, `pinned_bytes` what the kernel held on to. `skipped_bytes` were looked at
     and left alone, and `skipped` has them by reason. A stop is a pause of the target; its times are microseconds.
+    `snapshot` is the file of a dump that was kept, and `snapshot_bytes` its size.
     """
 
     pid: int
@@ -104,6 +105,8 @@ class DumpReport(Report):
     sum_stop_us: int
     pieces_put_off: int
     skipped: dict[str, int] = field(default_factory=dict, hash=False)
+    snapshot: str | None = None
+    snapshot_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from functools import cache
 from importlib.resources import files
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from snapd import __version__
 from snapd.errors import INTERFACE
 from snapd.protocol.varlink import SERVICE, Call, Parameters, Reply
+
+if TYPE_CHECKING:
+    import re
 
 _SERVICE_DESCRIPTION: Final = """\
 # What every Varlink service can say about itself
@@ -86,6 +89,16 @@ def integer(given: Parameters, name: str, low: int, high: int | None = None) -> 
     """Return an integer parameter that must be there; raises RefusedError as `optional_integer` does."""
     value = optional_integer(given, name, low, high)
     if value is None:
+        raise RefusedError("InvalidParameter", parameter=name)
+    return value
+
+
+def optional_name(given: Parameters, name: str, allowed: re.Pattern[str]) -> str | None:
+    """Return a text parameter, None when absent or null; raises RefusedError for one that is not `allowed`."""
+    value = given.get(name)
+    if value is None:
+        return None
+    if not isinstance(value, str) or not allowed.fullmatch(value):
         raise RefusedError("InvalidParameter", parameter=name)
     return value
 

@@ -19,12 +19,15 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 MAGIC: Final = b"HSNAPST1"
-VERSION: Final = 1
+VERSION: Final = 2
+READABLE_VERSIONS: Final = (1, 2)
 HEADER_BYTES: Final = 4096
 SEGMENT_BYTES: Final = 1 << 20
 UNIT_BYTES: Final = 8
 TAG_BYTES: Final = 16
 STORE_ID_BYTES: Final = 16
+DIGEST_BYTES: Final = 32
+FOOTER_MAGIC: Final = b"HSNAPFT1"
 
 Layout = tuple[tuple[str, str], ...]
 """Fields in file order, little endian and without gaps: name and struct code."""
@@ -38,7 +41,10 @@ HEADER_LAYOUT: Final[Layout] = (
     ("codec", "I"),
     ("key_id", "I"),
     ("dictionary_id", "I"),
-    ("reserved", "4040s"),
+    ("footer_offset", "Q"),
+    ("footer_bytes", "Q"),
+    ("footer_digest", "32s"),
+    ("reserved", "3992s"),
     ("crc", "I"),
 )
 FRAME_LAYOUT: Final[Layout] = (
@@ -46,6 +52,21 @@ FRAME_LAYOUT: Final[Layout] = (
     ("payload_bytes", "H"),
     ("flags", "B"),
     ("dictionary_id", "B"),
+)
+FOOTER_LAYOUT: Final[Layout] = (
+    ("magic", "8s"),
+    ("kept_ns", "Q"),
+    ("nranges", "Q"),
+    ("nentries", "Q"),
+    ("facts_bytes", "Q"),
+    ("reserved", "24s"),
+)
+SAVED_RANGE_LAYOUT: Final[Layout] = (
+    ("start", "Q"),
+    ("npages", "Q"),
+    ("first", "Q"),
+    ("held", "I"),
+    ("reason", "I"),
 )
 ENTRY_BITS: Final[tuple[tuple[str, int, int], ...]] = (
     ("state", 0, 4),
@@ -66,6 +87,8 @@ def layout_struct(layout: Layout) -> struct.Struct:
 HEADER_STRUCT: Final = layout_struct(HEADER_LAYOUT)
 FRAME_STRUCT: Final = layout_struct(FRAME_LAYOUT)
 ENTRY_STRUCT: Final = struct.Struct("<Q")
+FOOTER_STRUCT: Final = layout_struct(FOOTER_LAYOUT)
+SAVED_RANGE_STRUCT: Final = layout_struct(SAVED_RANGE_LAYOUT)
 FRAME_HEADER_BYTES: Final = FRAME_STRUCT.size
 ENTRY_BYTES: Final = ENTRY_STRUCT.size
 
@@ -121,14 +144,22 @@ class StoreHeader:
     codec: StoreCodec = StoreCodec.ZSTD
     key_id: int = 0
     dictionary_id: int = 0
+    footer_offset: int = 0
+    footer_bytes: int = 0
+    footer_digest: bytes = bytes(DIGEST_BYTES)
+
+    @property
+    def is_snapshot(self) -> bool:
+        """Whether it has a footer: it was kept, is whole, and changes no more."""
+        return self.footer_offset > 0
 
     def pack(self) -> bytes:
         """Return its HEADER_BYTES bytes."""
         if len(self.store_id) != STORE_ID_BYTES:
             raise ValueError(f"a store id has {STORE_ID_BYTES} bytes, not {len(self.store_id)}")
-        head = HEADER_STRUCT.pack(
-            MAGIC, VERSION, PAGE, self.store_id, self.created_ns, self.codec, self.key_id, self.dictionary_id, b"", 0
-        )[:-4]
+        footer = self.footer_offset, self.footer_bytes, self.footer_digest
+        identity = self.store_id, self.created_ns, self.codec, self.key_id, self.dictionary_id
+        head = HEADER_STRUCT.pack(MAGIC, VERSION, PAGE, *identity, *footer, b"", 0)[:-4]
         return head + zlib.crc32(head).to_bytes(4, "little")
 
     @classmethod
@@ -139,23 +170,27 @@ class StoreHeader:
         if len(data) != HEADER_BYTES:
             raise HeaderError(f"its header is cut off after {len(data)} bytes")
         fields = HEADER_STRUCT.unpack(data)
-        version, page_size, store_id, created_ns, codec, key_id, dictionary_id, reserved, crc = fields[1:]
+        version, page_size, store_id, created_ns, codec, key_id, dictionary_id, *footer, reserved, crc = fields[1:]
         # The place of the check is the same in every version, so damage is told from a version to come.
         if zlib.crc32(data[:-4]) != crc:
             raise HeaderError("its header fails its check")
-        if version != VERSION:
-            raise HeaderError(f"its version is {version}, and this program reads version {VERSION}")
-        if page_size != PAGE:
-            raise HeaderError(f"its pages have {page_size} bytes, not {PAGE}")
-        if codec not in set(StoreCodec):
-            raise HeaderError(f"its codec {codec} is unknown")
-        if key_id:
-            raise HeaderError(f"it is sealed with key {key_id}, which this program cannot open")
-        if dictionary_id:
-            raise HeaderError(f"it needs dictionary {dictionary_id}, which this program does not have")
-        if any(reserved):
-            raise HeaderError("its reserved bytes are in use")
-        return cls(store_id, created_ns, StoreCodec(codec), key_id, dictionary_id)
+        if version not in READABLE_VERSIONS:
+            raise HeaderError(f"its version is {version}, and this program reads versions up to {VERSION}")
+        offset, length, digest = footer
+        half = not offset and (length or any(digest))
+        refusals = (
+            (page_size != PAGE, f"its pages have {page_size} bytes, not {PAGE}"),
+            (codec not in set(StoreCodec), f"its codec {codec} is unknown"),
+            (key_id, f"it is sealed with key {key_id}, which this program cannot open"),
+            (dictionary_id, f"it needs dictionary {dictionary_id}, which this program does not have"),
+            (any(reserved) or (version == 1 and any(data[52:-4])), "its reserved bytes are in use"),
+            (offset % UNIT_BYTES or 0 < offset < HEADER_BYTES or half, f"its footer cannot be at {offset}"),
+            (offset and length < FOOTER_STRUCT.size, f"its footer cannot have {length} bytes"),
+        )
+        for refused, why in refusals:
+            if refused:
+                raise HeaderError(why)
+        return cls(store_id, created_ns, StoreCodec(codec), key_id, dictionary_id, offset, length, digest)
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,7 +72,7 @@ class StoreReader:
         """Read and check the header; HeaderError when this is no store that this version reads."""
         self.fd = fd
         try:
-            head = self._read(0, HEADER_BYTES)
+            head = self.read_raw(0, HEADER_BYTES)
         except FrameError as error:
             raise HeaderError(f"its header is unreadable: {error.reason}") from error
         self.header = StoreHeader.unpack(head)
@@ -86,7 +86,7 @@ class StoreReader:
         """
         if not entry.state.has_frame:
             raise EntryError(f"an entry in state {entry.state.name} names no frame")
-        frame = self._frame(memoryview(self._read(entry.offset, entry.length_bytes)), entry.offset)
+        frame = self._frame(memoryview(self.read_raw(entry.offset, entry.length_bytes)), entry.offset)
         if frame.header.length_bytes != entry.length_bytes:
             raise FrameError(
                 entry.offset, f"it has {frame.header.length_bytes} bytes, its entry says {entry.length_bytes}"
@@ -105,16 +105,16 @@ class StoreReader:
                 yield part
 
     def walk(self) -> Iterator[Frame | Damage | Hole]:
-        """Yield the parts of the file in order, without gaps from the end of the header to the end of the file.
+        """Yield the parts of the file in order, without gaps from the header to the footer or the end.
 
         After damage it goes on at the next good frame of the segment: the check binds a frame to its place, so that
         no payload can pass for one. Nobody may write to the store meanwhile.
         """
-        offset, size = HEADER_BYTES, os.fstat(self.fd).st_size
+        offset, size = HEADER_BYTES, self.header.footer_offset or os.fstat(self.fd).st_size
         while offset < size:
             end = min(size, align_down(offset, SEGMENT_BYTES) + SEGMENT_BYTES)
             try:
-                segment = self._read(offset, end - offset)
+                segment = self.read_raw(offset, end - offset)
             except FrameError as error:
                 yield Damage(error, end)
             else:
@@ -183,7 +183,7 @@ class StoreReader:
             raise FrameError(offset, f"it decompresses to {len(page)} bytes")
         return page
 
-    def _read(self, offset: int, length_bytes: int) -> bytes:
+    def read_raw(self, offset: int, length_bytes: int) -> bytes:
         """Return that many bytes from `offset`, fewer at the end of the file; what the disk refuses is a FrameError."""
         parts: list[bytes] = []
         at, end = offset, offset + length_bytes

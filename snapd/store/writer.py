@@ -38,7 +38,7 @@ LEVEL: Final = 1
 
 # A file system without O_TMPFILE says EOPNOTSUPP; layers above one (overlay, FUSE) pass on what the open of a directory
 # for writing gives them.
-_NO_TMPFILE: Final = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOSYS})
+NO_TMPFILE: Final = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOSYS})
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 _BAD_DIRECTORY: Final = frozenset(
     {errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EROFS}
@@ -65,7 +65,7 @@ def open_unnamed(directory: Path) -> int:
         # Without O_EXCL, so that a store can be given a name later and become a snapshot.
         fd = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, MODE)
     except OSError as error:
-        if error.errno not in _NO_TMPFILE:
+        if error.errno not in NO_TMPFILE:
             raise
         fd, name = tempfile.mkstemp(prefix="store-", dir=directory)
     try:
@@ -76,6 +76,14 @@ def open_unnamed(directory: Path) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def write_all(fd: int, data: bytes, offset: int) -> None:
+    """Write all of `data` at `offset`, by as many calls as it takes; OSError as the kernel gives it."""
+    view = memoryview(data)
+    done = 0
+    while done < len(view):
+        done += os.pwrite(fd, view[done:], offset + done)
 
 
 class StoreWriter:
@@ -116,10 +124,8 @@ class StoreWriter:
         return PageEntry(PageState.STORED, offset, len(frame))
 
     def _write(self, data: bytes, offset: int) -> None:
-        done = 0
         try:
-            while done < len(data):
-                done += os.pwrite(self.fd, data[done:], offset + done)
+            write_all(self.fd, data, offset)
         except OSError as error:
             # Half a frame would be reported as damage by every later check.
             with contextlib.suppress(OSError):

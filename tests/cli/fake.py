@@ -79,6 +79,7 @@ class FakeBackend:
         self.peers: list[Peer] = []
         self.calls: list[tuple[str, int | None]] = []
         self.levels: list[int | None] = []
+        self.kept: list[str | None] = []
         self.started = threading.Event()
         self.finished = threading.Event()
         self._release: trio.Event | None = None
@@ -111,8 +112,10 @@ class FakeBackend:
     ) -> DumpReport:
         """Pretend a dump."""
         self.levels.append(options.level)
+        self.kept.append(options.keep)
         await self._work("dump", peer, pid, progress)
-        return DumpReport.from_json({**DUMP.to_json(), "pid": pid})
+        snapshot = {"snapshot": f"/var/lib/heap-snapd/snapshots/0/{options.keep}.snapd", "snapshot_bytes": 31 * MIB}
+        return DumpReport.from_json({**DUMP.to_json(), "pid": pid, **(snapshot if options.keep else {})})
 
     async def restore(self, peer: Peer, pid: int, *, progress: Callable[[DumpProgress], None]) -> RestoreReport:
         """Pretend a restore."""

@@ -67,7 +67,24 @@ def test_version(cli: Cli) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["fly"], ["dump"], ["dump", "x"], ["dump", "0"], ["dump", "-1"], ["dump", "--level", "99", "1"], ["run"]],
+    [
+        [],
+        ["fly"],
+        ["dump"],
+        ["dump", "x"],
+        ["dump", "0"],
+        ["dump", "-1"],
+        ["dump", "--level", "99", "1"],
+        ["run"],
+        ["dump", "--keep", "a/b", "1"],
+        ["dump", "--keep", "..", "1"],
+        ["dump", "--keep", "a", "1", "2"],
+        ["verify"],
+        ["inspect"],
+        ["verify", "a", "b"],
+        ["daemon", "--min-free", "much"],
+        ["daemon", "--min-free", "-1"],
+    ],
 )
 def test_wrong_usage_exits_2_with_a_line_that_says_so(cli: Cli, arguments: list[str]) -> None:
     done = cli(*arguments)
@@ -93,6 +110,13 @@ def test_dump_prints_plain_lines_when_piped(cli: Cli) -> None:
 def test_dump_gives_its_level_to_the_daemon(served: Served, cli: Cli) -> None:
     assert cli("dump", "--level", "-3", str(GOOD)).returncode == 0
     assert served.backend.levels == [-3]
+
+
+def test_a_dump_that_is_kept_says_where(served: Served, cli: Cli) -> None:
+    done = cli("dump", "--keep", "before-upgrade", str(GOOD))
+    assert done.stdout.splitlines()[-1] == ("  kept as /var/lib/heap-snapd/snapshots/0/before-upgrade.snapd, 31.0 MiB")
+    assert only_object(cli("dump", "--json", "--keep", "x", str(GOOD)))["snapshot_bytes"] == 31 * MIB
+    assert served.backend.kept == ["before-upgrade", "x"]
 
 
 @pytest.mark.usefixtures("served")

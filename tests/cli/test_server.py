@@ -62,6 +62,18 @@ def test_backend_learns_who_calls_from_the_kernel(served: Served) -> None:
     assert served.backend.peers == [server.Peer(os.getpid(), os.getuid(), os.getgid())]
 
 
+@pytest.mark.parametrize("name", ["", ".", "../up", "a/b", "a\n", "a" * 101, 3, [], "\u00e4"])
+def test_a_snapshot_name_that_is_no_name_is_an_invalid_parameter(served: Served, name: object) -> None:
+    raw = Raw(served)
+    raw.send(call("Dump", pid=GOOD, keep=name))
+    reply = raw.receive()
+    raw.close()
+    assert reply is not None
+    assert reply["error"] == "org.varlink.service.InvalidParameter"
+    assert reply["parameters"] == {"parameter": "keep"}
+    assert served.backend.kept == []
+
+
 def test_anybody_may_connect(served: Served) -> None:
     assert Path(served.path).stat().st_mode & 0o777 == 0o666
 

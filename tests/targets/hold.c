@@ -14,6 +14,7 @@
  *   threads N       starts N more threads, asleep in nanosleep or a futex; "interrupted" counts returns before time
  *   rss, thp        VmRSS and AnonHugePages in bytes
  *   where           address and size of the heap
+ *   hide            takes its memory out of its user's reach, as programs with secrets do (PR_SET_DUMPABLE)
  *   quit            as does the end of input */
 #include "content.h"
 #include <fcntl.h>
@@ -21,6 +22,7 @@
 #include <linux/futex.h>
 #include <pthread.h>
 #include <stdatomic.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
@@ -249,6 +251,10 @@ static void run_command(const struct command *command)
         reply_kib_field("/proc/self/status", "VmRSS:", "rss_bytes");
     } else if (strcmp(name, "thp") == 0) {
         reply_kib_field("/proc/self/smaps_rollup", "AnonHugePages:", "anon_huge_bytes");
+    } else if (strcmp(name, "hide") == 0) {
+        if (prctl(PR_SET_DUMPABLE, 0))
+            fail_errno("PR_SET_DUMPABLE");
+        reply("\"hidden\":true");
     } else if (strcmp(name, "where") == 0) {
         reply("\"address\":%lu,\"bytes\":%lu", (unsigned long)heap.at, heap.npages * PAGE);
     } else {

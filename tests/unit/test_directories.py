@@ -91,7 +91,7 @@ def test_missing_directories_are_made_with_their_modes_whatever_the_umask(tmp_pa
     with RuntimeLock(tmp_path / "run") as lock, lock.bind("agent.sock", socket.SOCK_SEQPACKET):
         assert mode(tmp_path / "run") == 0o755
         assert mode(tmp_path / "run" / "agent.sock") == 0o666
-    assert mode(tmp_path / "state") == 0o700
+    assert mode(tmp_path / "state") == 0o711
 
 
 def test_parents_are_made_and_what_exists_keeps_its_mode(tmp_path: Path) -> None:

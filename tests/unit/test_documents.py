@@ -75,7 +75,7 @@ RUN_BY: Final = {
 }
 """Who runs a command line of the README: a file, and what of it does. Lines of snapd are parsed as well."""
 
-ONLY_PARSED: Final = {"daemon", "run", "torture", "doctor"}
+ONLY_PARSED: Final = {"daemon", "run", "torture", "doctor", "verify", "inspect"}
 """Commands that the fake backend of the tests has no part in."""
 
 in_every_document = pytest.mark.parametrize("path", DOCUMENTS, ids=[str(one.relative_to(ROOT)) for one in DOCUMENTS])

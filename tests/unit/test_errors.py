@@ -77,7 +77,7 @@ SENTENCES = {
         30,
         (
             "There is no room left for stored pages in /some/where: free some space there, or start "
-            "the daemon with another --state-dir."
+            "the daemon with another --state-dir or a lower --min-free."
         ),
     ),
     "StoreFailed": (
@@ -92,6 +92,10 @@ SENTENCES = {
         ),
     ),
     "BadSnapshot": (33, "The snapshot /some/where cannot be trusted (/some/where): use another copy of it."),
+    "SnapshotExists": (
+        34,
+        "There is a snapshot named /some/where already: choose another name, or remove that one first.",
+    ),
     "KernelLacks": (40, "The kernel lacks /some/where: use Linux 6.8 or newer, built with CONFIG_USERFAULTFD."),
     "UserfaultfdDenied": (
         41,

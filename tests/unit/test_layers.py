@@ -138,7 +138,7 @@ def test_only_the_engine_and_the_store_touch_a_codec() -> None:
     assert users <= {"engine", "store"}
 
 
-@pytest.mark.parametrize("module", ["format", "writer", "reader", "verify"])
+@pytest.mark.parametrize("module", ["format", "writer", "reader", "verify", "snapshot"])
 def test_the_store_knows_neither_event_loop_nor_engine(module: str) -> None:
     loaded = loaded_after(f"import snapd.store.{module}")
     assert {name for name in loaded if name.startswith(("trio", "snapd.engine", "snapd.daemon"))} == set()
