@@ -314,9 +314,10 @@ class Dump:
         if report.outcome is not Outcome.MOVED:
             piece.close()
             self._fail_on(report.outcome, report.cause)
-            self._again += batch
-            if report.outcome is Outcome.NO_ROOM:
-                self._size.halve()
+            if report.outcome is Outcome.NO_ROOM and not self._size.halve():
+                self._skipped["no_room"] += total_bytes(batch)
+            else:
+                self._again += batch
             return
         self._size.learn(report.stop_ns, report.until_stopped_ns, weight)
         for name in ("aside", "clean", "zero", "pinned"):

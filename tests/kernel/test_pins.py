@@ -1,12 +1,18 @@
 """Memory that a device writes while it is being dumped: fixed buffers stay, transfers in flight arrive."""
 
+import signal
+import time
 from pathlib import Path
 
+import pytest
+
+from snapd.errors import NotStopping
 from tests.harness import Daemon, Spawner
 from tests.kernel.driving import MIB, PAGE, BackToBack, Figures, present
 from tests.peers import lacking
 
 FIXED_PAGES = 8
+DUMPS = 100
 
 
 def test_devices_read_and_write_the_programs_memory_under_back_to_back_dumps(
@@ -29,3 +35,27 @@ def test_devices_read_and_write_the_programs_memory_under_back_to_back_dumps(
     assert result["errors"] == result["interrupted"] == 0
     assert result["fixed_reads"] > 10
     assert dumps.total("moved_bytes") > 48 * MIB
+
+
+@pytest.mark.timeout(300)
+def test_fixed_buffers_of_an_io_uring_are_right_across_a_hundred_dumps(
+    daemon: Daemon, spawn: Spawner, figures: Figures, tmp_path: Path
+) -> None:
+    pins = spawn("pins", "--seconds", 250, "--mib", 8, "--dir", tmp_path, "--pace", 2000, "--threads", 1, wait=False)
+    first = pins.receive()
+    if "skipped" in first:
+        assert pins.wait() == 77
+        lacking(first["skipped"])
+    daemon.wait_for_session(pins.pid)
+    buffers = first["fixed_address"]
+    with BackToBack(daemon, pins.pid, ignore=(NotStopping,)) as dumps:
+        for _ in dumps.until(DUMPS, 200):
+            time.sleep(0.02)
+    assert all(present(pins.pid, buffers, buffers + FIXED_PAGES * PAGE))
+    pins.signal(signal.SIGTERM)
+    result = pins.result()
+    assert len(dumps.reports) >= DUMPS
+    assert all(report.pinned_bytes >= FIXED_PAGES * PAGE for report in dumps.reports)
+    figures.note(dumps=len(dumps.reports), **{name: result[name] for name in ("fixed_reads", "fixed_writes")})
+    assert result["errors"] == result["interrupted"] == 0
+    assert result["fixed_reads"] > DUMPS
