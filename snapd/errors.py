@@ -302,7 +302,7 @@ class UnsupportedPlatform(SnapdError):
     exit_code = 42
 
 
-# What is left: a mistake of ours, and the three codes that env(1) uses.
+# A mistake of ours.
 
 
 @dataclass(eq=False)
@@ -311,6 +311,22 @@ class Internal(SnapdError):
 
     reason: str
     exit_code = 50
+
+
+# What the target is or does, continued: 60 to 69.
+
+
+@dataclass(eq=False)
+class TargetFiltered(SnapdError):
+    """Process {pid} has put a seccomp filter on all its threads, which may kill it for what a dump does: leave it as
+    it is, its pages are served and can be restored, or start it without that filter.
+    """
+
+    pid: int
+    exit_code = 60
+
+
+# The three codes that env(1) uses.
 
 
 @dataclass(eq=False)

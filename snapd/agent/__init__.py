@@ -5,6 +5,7 @@ Owns the path of libsnapd-agent.so and the calls into it; knows nothing of daemo
 
 from __future__ import annotations
 
+import errno
 import os
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 _HERE = Path(__file__).resolve().parent
-_EALREADY = 114
 
 
 def library_path() -> str:
@@ -41,8 +41,13 @@ class Cooperation(AbstractContextManager["Cooperation"]):
     """An agent that runs in this process until `leave()`, or the end of the `with` block."""
 
     def leave(self) -> None:
-        """Bring all pages back and end the agent; does nothing when it has ended already."""
-        _library().snapd_leave()
+        """Bring all pages back and end the agent; does nothing when it has ended already.
+
+        Raises OSError (EBUSY) when for ten seconds no daemon could give back what may be out: then the agent stays.
+        """
+        result = _library().snapd_leave()
+        if result < 0 and result != -errno.ESRCH:
+            raise OSError(-result, os.strerror(-result))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -61,6 +66,6 @@ def cooperate(runtime_dir: str | os.PathLike[str] | None = None) -> Cooperation:
 
     path = directories.socket_address(directories.runtime_dir(runtime_dir), directories.AGENT_SOCKET)
     result = _library().snapd_cooperate(os.fsencode(path))
-    if result < 0 and result != -_EALREADY:
+    if result < 0 and result != -errno.EALREADY:
         raise OSError(-result, os.strerror(-result))
     return Cooperation()

@@ -32,6 +32,9 @@
 #define SHUT_RDWR 2
 #define POLLRDHUP 0x2000
 #define NFDS 3
+#define QUICK_MS 1000 /* after the end of a connection */
+#define QUICK_PAUSE_MS 25
+#define SLOW_PAUSE_MS 1000
 
 struct user_msghdr {
 	void *name;
@@ -225,6 +228,14 @@ static void pause_us(unsigned long us)
 	raw2(__NR_nanosleep, &time, 0);
 }
 
+static unsigned long now_ms(void)
+{
+	struct __kernel_timespec time = {0};
+
+	raw2(__NR_clock_gettime, 1 /* CLOCK_MONOTONIC */, &time);
+	return (unsigned long)time.tv_sec * 1000 + (unsigned long)time.tv_nsec / 1000000;
+}
+
 static long unmap(const struct snapd_wire *m)
 {
 	long first = 0;
@@ -331,6 +342,43 @@ static void let_go(struct agent *agent)
 	futex_wake(&agent->leaving);
 }
 
+/* A session begins with its store: the mover sets that and then looks at closing, and here it is the other way round,
+ * so at least one of the two sees the other. */
+int agent_end(struct agent *agent)
+{
+	__atomic_store_n(&agent->closing, 1, __ATOMIC_SEQ_CST);
+	if (__atomic_load_n(&agent->store, __ATOMIC_SEQ_CST) >= 0) {
+		__atomic_store_n(&agent->closing, 0, __ATOMIC_SEQ_CST);
+		return -EBUSY;
+	}
+	__atomic_store_n(&agent->leaving, 1, __ATOMIC_SEQ_CST);
+	__atomic_add_fetch(&agent->sock_generation, 1, __ATOMIC_SEQ_CST);
+	futex_wake(&agent->sock_generation);
+	return 0;
+}
+
+static long hold(struct agent *agent, int fds[NFDS])
+{
+	close_fd(&agent->store);
+	close_fd(&agent->page_map);
+	if (fds[0] < 0) /* nothing is out, and no daemon will read: a fork would wait for ever */
+		close_fd(&agent->uffd);
+	__atomic_store_n(&agent->store, fds[0], __ATOMIC_SEQ_CST);
+	if (fds[0] >= 0 && __atomic_load_n(&agent->closing, __ATOMIC_SEQ_CST)) {
+		close_fd(&agent->store);
+		close_fd(&agent->uffd);
+		fds[0] = -1;
+		return -ECANCELED;
+	}
+	agent->page_map = fds[1];
+	if (fds[2] >= 0) { /* a forked child: its userfaultfd came to the daemon by the fork's event */
+		close_fd(&agent->uffd);
+		agent->uffd = fds[2];
+	}
+	fds[0] = fds[1] = fds[2] = -1;
+	return 0;
+}
+
 /* Executes one command in place; the message becomes its reply. */
 static void execute(struct agent *agent, struct snapd_wire *m, int fds[NFDS])
 {
@@ -343,17 +391,7 @@ static void execute(struct agent *agent, struct snapd_wire *m, int fds[NFDS])
 		ret = agent->store >= 0 ? -EBUSY : fds[0] < 0 ? -EBADF : make_userfaultfd(agent, fds[0]);
 		break;
 	case SNAPD_HOLD:
-		close_fd(&agent->store);
-		close_fd(&agent->page_map);
-		if (fds[0] < 0) /* nothing is out, and no daemon will read: a fork would wait for ever */
-			close_fd(&agent->uffd);
-		agent->store = fds[0];
-		agent->page_map = fds[1];
-		if (fds[2] >= 0) { /* a forked child: its userfaultfd came to the daemon by the fork's event */
-			close_fd(&agent->uffd);
-			agent->uffd = fds[2];
-		}
-		fds[0] = fds[1] = fds[2] = -1;
+		ret = hold(agent, fds);
 		break;
 	case SNAPD_STAGE:
 		ret = stage(m, &m->value);
@@ -429,6 +467,8 @@ static void mover_main(void *arg)
 	for (;;) {
 		if (sock < 0)
 			sock = next_connection(agent, &seen);
+		if (__atomic_load_n(&agent->leaving, __ATOMIC_SEQ_CST))
+			raw1(__NR_exit, 0);
 		if (agent_receive(sock, &message, fds) < 0) {
 			for (int i = 0; i < NFDS; i++)
 				close_fd(&fds[i]);
@@ -500,7 +540,7 @@ static void wait_hangup(int sock)
 void agent_main(void *arg)
 {
 	struct agent *agent = arg;
-	unsigned int backoff_ms = 10;
+	unsigned int lost_ms = 0;
 	char *mover_stack = (char *)agent->region + SNAPD_PAGE + 2 * AGENT_STACK_BYTES;
 
 	raw3(__NR_close_range, 0, ~0U, CLOSE_RANGE_UNSHARE);
@@ -519,6 +559,7 @@ void agent_main(void *arg)
 		if (sock >= 0 && say_hello(agent, sock) < 0)
 			close_fd(&sock);
 		if (sock >= 0) {
+			unsigned long since_ms = now_ms();
 			unsigned int generation;
 
 			allow_tracer(sock);
@@ -529,14 +570,15 @@ void agent_main(void *arg)
 			/* A mover that is still inside a command has not taken it: then it is ours to close. */
 			if (__atomic_load_n(&agent->sock_taken, __ATOMIC_SEQ_CST) != generation)
 				close_fd(&sock);
-			if (agent->uffd >= 0)
-				backoff_ms = 10;
+			if (now_ms() - since_ms >= QUICK_MS) /* one that refuses us is not asked all the time */
+				lost_ms = 0;
 		}
 		if (__atomic_load_n(&agent->leaving, __ATOMIC_SEQ_CST))
 			break;
-		pause_us(backoff_ms * 1000UL);
-		if (backoff_ms < 2000)
-			backoff_ms *= 2;
+		/* A successor is found at once, and none at all costs next to nothing. */
+		pause_us((lost_ms < QUICK_MS ? QUICK_PAUSE_MS : SLOW_PAUSE_MS) * 1000UL);
+		if (lost_ms < QUICK_MS)
+			lost_ms += QUICK_PAUSE_MS;
 	}
 	raw1(__NR_exit, 0);
 }

@@ -22,12 +22,15 @@ struct agent {
 	unsigned int sock_generation, sock_taken; /* futex: a new connection is there */
 	unsigned int busy;                        /* the mover is inside a command */
 	unsigned int leaving;                     /* futex: 1 when the agent has let go */
+	unsigned int closing;                     /* the program wants to leave: no session begins */
 	unsigned int fork_wait;                   /* pages are out and a fork must ask first */
 	unsigned int delay_ms;                    /* before a child's first connection: most children end sooner */
 	int last_status;
 };
 
 void agent_main(void *agent); /* entry of the first thread; never returns */
+/* Ends an agent without a session; -EBUSY: it has got one. For the program's threads. */
+int agent_end(struct agent *agent);
 
 /* Connects to path; returns a fd or a negative errno. Needs no libc and no memory but the stack. */
 int agent_connect(const char *path);

@@ -14,7 +14,8 @@ extern "C" {
  * -ENOMEM or -EAGAIN when the system refuses memory or a thread. */
 int snapd_cooperate(const char *socket_path);
 
-/* Ends the cooperation: all pages come back first. Returns 0, or -ESRCH when no agent runs. */
+/* Ends the cooperation: all pages come back first. Returns 0, -ESRCH when no agent runs, or -EBUSY when for ten seconds
+ * no daemon could give back what may be out: then the agent stays. */
 int snapd_leave(void);
 
 #ifdef __cplusplus

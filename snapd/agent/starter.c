@@ -11,6 +11,7 @@
 #include <linux/errno.h>
 #include <linux/futex.h>
 #include <linux/mman.h>
+#include <linux/prctl.h>
 #include <linux/sched.h>
 #include <linux/time_types.h>
 
@@ -25,32 +26,51 @@ extern char _end[] __attribute__((visibility("hidden")));
 
 #define ENV_NO_FOLLOW "SNAPD_NO_FOLLOW_FORKS="
 #define CHILD_DELAY_MS 30
+#define LEAVE_MS 10000
+#define LEAVE_PAUSE_MS 20
+#define BURY_MS 2000
 
-static struct agent *running;
+static struct agent *running, *left;
 static unsigned long sentinel_page;
 static char daemon_path[AGENT_PATH_BYTES];
 static int follow_forks = 1;
 static int handlers_registered;
 
-/* Asks the daemon for kind and waits for its answer; while no daemon answers, waits for one. Returns the connection, or
- * -1 when the agent has left meanwhile. */
+static void pause_ms(unsigned int ms)
+{
+	struct __kernel_timespec pause = {.tv_sec = ms / 1000, .tv_nsec = ms % 1000 * 1000000L};
+
+	raw2(__NR_nanosleep, &pause, 0);
+}
+
+/* The agent, unless it has let go by the daemon's word. */
+static struct agent *running_agent(void)
+{
+	if (running && __atomic_load_n(&running->leaving, __ATOMIC_SEQ_CST)) {
+		left = running;
+		running = 0;
+	}
+	return running;
+}
+
+/* Asks the daemon for kind and waits for its answer. Returns the connection, or a negative errno: of the connection, or
+ * the daemon's own. */
 static int ask_daemon(struct agent *agent, int kind)
 {
-	struct __kernel_timespec pause = {.tv_nsec = 20000000};
-	struct snapd_wire message;
-	int fds[3];
+	struct snapd_wire message = {.kind = (__u16)kind};
+	int fds[3], error, sock = agent_connect(agent->path);
 
-	while (!__atomic_load_n(&agent->leaving, __ATOMIC_SEQ_CST)) {
-		int sock = agent_connect(agent->path);
-
-		message = (struct snapd_wire){.kind = (__u16)kind};
-		if (sock >= 0 && agent_send(sock, &message, fds, 0) == 0 && agent_receive(sock, &message, fds) == 0)
-			return sock;
-		if (sock >= 0)
-			raw1(__NR_close, sock);
-		raw2(__NR_nanosleep, &pause, 0);
-	}
-	return -1;
+	if (sock < 0)
+		return sock;
+	error = agent_send(sock, &message, fds, 0);
+	if (!error)
+		error = agent_receive(sock, &message, fds);
+	if (!error)
+		error = message.status;
+	if (!error)
+		return sock;
+	raw1(__NR_close, sock);
+	return error;
 }
 
 /* Without fork events: everything is in before the fork, and the open connection keeps the daemon from dumping until it
@@ -62,14 +82,18 @@ static struct {
 
 static void before_fork(void)
 {
-	struct agent *agent = running;
+	struct agent *agent = running_agent();
 
 	if (!agent || !__atomic_load_n(&agent->fork_wait, __ATOMIC_SEQ_CST))
 		return;
 	while (__atomic_exchange_n(&forking.lock, 1, __ATOMIC_SEQ_CST))
 		raw4(__NR_futex, &forking.lock, FUTEX_WAIT_PRIVATE, 1, 0);
 	forking.owner = (int)raw0(__NR_gettid);
-	forking.sock = ask_daemon(agent, SNAPD_FORK_WAIT);
+	do { /* while no daemon answers, one is waited for: what is out would be zeros in the child */
+		forking.sock = ask_daemon(agent, SNAPD_FORK_WAIT);
+		if (forking.sock < 0)
+			pause_ms(20);
+	} while (forking.sock < 0 && !__atomic_load_n(&agent->leaving, __ATOMIC_SEQ_CST));
 }
 
 static void end_fork(void)
@@ -98,7 +122,8 @@ static void in_child(void)
 	if (!running)
 		return;
 	running = 0;
-	if (follow_forks)
+	/* Under a seccomp filter the program may not survive what an agent does. */
+	if (follow_forks && raw5(__NR_prctl, PR_GET_SECCOMP, 0, 0, 0, 0) == 0)
 		start(daemon_path, sentinel_page, CHILD_DELAY_MS);
 }
 
@@ -160,9 +185,29 @@ static int start(const char *path, unsigned long sentinel, unsigned int delay_ms
 	return 0;
 }
 
+static int has_thread(int tid)
+{
+	return tid > 0 && raw3(__NR_tgkill, raw0(__NR_getpid), tid, 0) == 0;
+}
+
+/* The threads of an agent that has let go end by themselves, then its memory can go. */
+static void bury(void)
+{
+	for (int ms = 0; left && ms < BURY_MS; ms++) {
+		if (has_thread(left->comm_tid) || has_thread(left->mover_tid)) {
+			pause_ms(1);
+			continue;
+		}
+		raw2(__NR_munmap, left->sentinel - SNAPD_PAGE, 3 * SNAPD_PAGE);
+		raw2(__NR_munmap, left, REGION_BYTES);
+		left = 0;
+	}
+	left = 0;
+}
+
 EXPORT int snapd_cooperate(const char *socket_path)
 {
-	if (running)
+	if (running_agent())
 		return -EALREADY;
 	if (!socket_path || !socket_path[0])
 		return -EINVAL;
@@ -175,26 +220,29 @@ EXPORT int snapd_cooperate(const char *socket_path)
 		if (!socket_path[i])
 			break;
 	}
+	bury();
 	return start(daemon_path, 0, 0);
 }
 
 EXPORT int snapd_leave(void)
 {
-	struct agent *agent = running;
+	struct agent *agent = running_agent();
 
 	if (!agent)
 		return -ESRCH;
-	if (__atomic_load_n(&agent->uffd, __ATOMIC_SEQ_CST) >= 0) {
-		int sock = ask_daemon(agent, SNAPD_LEAVE_WAIT);
+	for (unsigned int ms = 0; !__atomic_load_n(&agent->leaving, __ATOMIC_SEQ_CST); ms += LEAVE_PAUSE_MS) {
+		int sock;
 
+		if (agent_end(agent) == 0)
+			break;
+		sock = ask_daemon(agent, SNAPD_LEAVE_WAIT);
 		if (sock >= 0)
 			raw1(__NR_close, sock);
-	} else {
-		__atomic_store_n(&agent->leaving, 1, __ATOMIC_SEQ_CST);
+		if (ms >= LEAVE_MS) /* pages may be out, and no daemon brings them back */
+			return -EBUSY;
+		pause_ms(__atomic_load_n(&agent->leaving, __ATOMIC_SEQ_CST) ? 0 : LEAVE_PAUSE_MS);
 	}
-	while (!__atomic_load_n(&agent->leaving, __ATOMIC_SEQ_CST))
-		raw4(__NR_futex, &agent->leaving, FUTEX_WAIT_PRIVATE, 0, 0);
-	running = 0;
+	running_agent();
 	return 0;
 }
 

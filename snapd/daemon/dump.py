@@ -25,6 +25,7 @@ from snapd.errors import (
     SnapdError,
     StoreFailed,
     StoreFull,
+    TargetFiltered,
     TargetGone,
     TargetStopped,
     TargetTraced,
@@ -101,9 +102,9 @@ class Dump:
     def run(self) -> DumpReport:
         """Do it; returns the figures.
 
-        Raises TargetGone, TargetStopped, AgentSilent, TargetTraced, SharedMemory before or during; StoreFull or
-        StoreFailed when the store can't take it: then every page is back in the target, in the store, or still aside
-        and served.
+        Raises TargetGone, TargetStopped, AgentSilent, TargetFiltered, TargetTraced, SharedMemory before or during;
+        StoreFull or StoreFailed when the store can't take it: then every page is back in the target, in the store, or
+        still aside and served.
         """
         began = time.monotonic()
         self._check_target()
@@ -364,8 +365,7 @@ class Dump:
                 piece.drop(DROP_SLICE_BYTES, DROP_BREATH_US)
             except OSError as error:
                 if error.errno not in (errno.EPIPE, errno.ESRCH) and self._native.alive():
-                    reason = "its agent does not answer" if error.errno in engine.SILENT else error.strerror
-                    log.warning("pid %d: a piece stays aside: %s", self._pid, reason)
+                    log.warning("pid %d: a piece stays aside: %s", self._pid, self._session.meaning(error))
                     self._session.stuck.append(piece)
                     continue
             piece.close()
@@ -375,6 +375,8 @@ class Dump:
             raise TargetGone(self._pid)
         if outcome is Outcome.SILENT:
             raise self._session.silence()
+        if outcome is Outcome.FILTERED:
+            raise TargetFiltered(self._pid)
         if outcome is Outcome.TRACED:
             raise TargetTraced(self._pid)
         if outcome is Outcome.FAILED:
@@ -383,6 +385,8 @@ class Dump:
     def _meaning(self, error: OSError) -> SnapdError:
         if error.errno in engine.SILENT:
             return self._session.silence()
+        if error.errno == engine.FILTERED:
+            return TargetFiltered(self._pid)
         if error.errno in _FULL:
             return StoreFull(str(self._state_dir))
         if error.errno in (errno.ESRCH, errno.EPIPE) or not self._native.alive():

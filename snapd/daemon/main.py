@@ -87,6 +87,7 @@ async def _main(control: socket.socket, agent: socket.socket, state_dir: Path, r
     async with trio.open_nursery() as nursery:
         manager = Manager(state_dir, nursery, room)
         nursery.start_soon(manager.listen_to_engine)
+        nursery.start_soon(manager.watch_users)
         nursery.start_soon(agents.serve_agents, agent, manager.handlers(), manager.may)
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             async with trio.open_nursery() as serving:

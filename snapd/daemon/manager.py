@@ -7,6 +7,8 @@ session.py's and dump.py's, in worker threads.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import errno
 import logging
 import math
 import os
@@ -31,6 +33,7 @@ from snapd.errors import (
     ProtocolError,
     SessionBusy,
     SnapdError,
+    TargetFiltered,
     TargetGone,
     TargetStopped,
 )
@@ -63,6 +66,7 @@ RETRY_SHUTDOWN_S: Final = 1.0
 PATIENCE_S: Final = 10.0
 LOOK_S: Final = 0.1
 TIDY_S: Final = 1.0
+USERS_S: Final = 1.0
 PROGRESS_INTERVAL_S: Final = 0.05
 CHILD_PID_DELAYS_S: Final = (0.0, 0.05, 0.2, 0.5, 1.0, 2.0, 4.0)
 
@@ -124,14 +128,13 @@ class Manager:
         """Do one dump; SessionBusy while another of this session runs."""
         session = self._authorised(peer, pid)
         session.refuse_second_dump()
+        if session.user_changed():
+            await self._let_go(session)
+            raise NotCooperating(pid)
         wish = wish_for(options.keep, peer.uid, peer.gid, pid) if options.keep is not None else None
         async with self._operation(session, State.DUMPING):
             if self._ending.is_set():
                 raise SessionBusy(pid)  # it has been given back, for the end of the daemon
-            if procfs.uid(pid) not in (session.uid, None):
-                log.info("pid %d: its user changed: it is let go", pid)
-                await self._in_thread(session, partial(session.restore, lambda _: None))
-                raise NotPermitted(pid, peer.uid)
             work = Dump(session, self._state_dir, options, self._from_thread(progress), room=self._room, wish=wish)
             try:
                 report = await self._in_thread(session, work.run)
@@ -172,6 +175,34 @@ class Manager:
             await self._in_thread(session, session.leave_agent)
             session.gone.set()
 
+    async def watch_users(self) -> None:
+        """Let go of programs that have given up a user who may become any other, until cancelled.
+
+        Their agent's threads still are that user, and any code of the program might use them.
+        """
+        told: set[int] = set()
+        while True:
+            await trio.sleep(USERS_S)
+            for session in list(self._sessions.values()):
+                if session.uid or not session.has_agent or session.state is not State.ATTACHED:
+                    continue
+                if session.user_changed():
+                    try:
+                        await self._let_go(session)
+                    except SnapdError as error:
+                        if session.native.key not in told:
+                            log.warning("pid %d: not let go yet: %s", session.pid, error)
+                        told.add(session.native.key)
+
+    async def _let_go(self, session: Session) -> None:
+        if not session.user_told:
+            log.warning(
+                "pid %d: its user is %d no longer: all is given back and its agent leaves", session.pid, session.uid
+            )
+        session.user_told = True
+        with contextlib.suppress(TargetGone):
+            await self._detach(session)
+
     @contextlib.asynccontextmanager
     async def _operation(self, session: Session, state: State) -> AsyncIterator[None]:
         """Hold the session for an operation that may leave stagings behind; those go as soon as the agent answers."""
@@ -187,8 +218,15 @@ class Manager:
         while session.stuck and not session.gone.is_set():
             await trio.sleep(TIDY_S)
             async with session.operation:
-                if session.state is not State.GONE:
-                    await self._in_thread(session, session.drop_stuck)
+                if session.state is State.GONE:
+                    break
+                await self._in_thread(session, session.drop_stuck)
+                try:
+                    await self._in_thread(session, session.answers)
+                except TargetFiltered:  # for ever
+                    break
+                except (SnapdError, OSError):
+                    continue
         self._tidying.discard(key)
 
     async def status(self, peer: Peer, pid: int | None) -> StatusReport:
@@ -290,8 +328,10 @@ class Manager:
 
     async def _leave_wait(self, sock: AgentSocket, hello: Message, peer: Peer) -> None:
         session = self._find(peer.pid)
-        if session is not None:
-            await self._detach(session)
+        if session is None:
+            await sock.send(dataclasses.replace(hello, status=-errno.ESRCH))
+            return
+        await self._detach(session)
         await sock.send(hello)
 
     async def listen_to_engine(self) -> None:
@@ -406,7 +446,9 @@ class Manager:
             except TargetGone:
                 break
             except (SnapdError, OSError) as error:
-                if isinstance(error, AgentSilent | TargetStopped) and not await self._out_bytes(session):
+                if isinstance(error, AgentSilent | TargetFiltered | TargetStopped) and not await self._out_bytes(
+                    session
+                ):
                     break
                 if not told:
                     log.warning("pid %d: not all back yet: %s", session.pid, error)
@@ -422,7 +464,7 @@ class Manager:
             async with session.doing(State.RESTORING):
                 try:
                     await self._in_thread(session, session.empty_agent)
-                except (AgentSilent, TargetStopped) as error:
+                except (AgentSilent, TargetFiltered, TargetStopped) as error:
                     log.warning(
                         "pid %d: has everything back, and was not told that this daemon ends: %s", session.pid, error
                     )

@@ -134,6 +134,11 @@ def uid(pid: int) -> int | None:
     return int(fields[1]) if len(fields) > 1 else None
 
 
+def uids(pid: int) -> tuple[int, ...]:
+    """Return the real, effective, saved and file system uid; empty when the process is gone."""
+    return tuple(map(int, status(pid).get("Uid", "").split()))
+
+
 def threads(pid: int) -> list[int]:
     """Return the thread ids as this namespace has them; empty when the process is gone."""
     try:

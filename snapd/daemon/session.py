@@ -20,7 +20,15 @@ import trio
 
 from snapd import engine
 from snapd.daemon import procfs
-from snapd.errors import AgentSilent, NotEnoughMemory, SessionBusy, SnapdError, TargetGone, TargetStopped
+from snapd.errors import (
+    AgentSilent,
+    NotEnoughMemory,
+    SessionBusy,
+    SnapdError,
+    TargetFiltered,
+    TargetGone,
+    TargetStopped,
+)
 from snapd.pages import PAGE, Range
 from snapd.protocol import agent
 from snapd.protocol.reports import DumpProgress, RestoreReport, SessionInfo, Totals
@@ -85,6 +93,7 @@ class Session:
         self.parent = parent
         self.state = State.ATTACHED
         self.stuck: list[engine.Piece] = []
+        self.user_told = False
         self.gone = trio.Event()
         self.operation = trio.Lock()
         self.looking = trio.Lock()  # held by whoever reads figures beside an operation, and for the end
@@ -257,13 +266,13 @@ class Session:
             try:
                 piece.drop(4 << 20, 1000)
             except OSError as error:
-                if error.errno in engine.SILENT or error.errno == errno.EBUSY:
+                if error.errno in {*engine.SILENT, engine.FILTERED, errno.EBUSY}:
                     self.stuck.append(piece)
                     continue
             piece.close()
 
     def answers(self) -> None:
-        """Raise TargetStopped or AgentSilent when no command can be sent to the agent."""
+        """Raise TargetStopped, AgentSilent or TargetFiltered when no command can be sent to the agent."""
         try:
             self.native.answers()
         except OSError as error:
@@ -273,6 +282,8 @@ class Session:
         """Return what an error of the engine means for the target, or the error itself."""
         if error.errno in engine.SILENT:
             return self.silence()
+        if error.errno == engine.FILTERED:
+            return TargetFiltered(self.pid)
         if error.errno == errno.ENOMEM:
             return NotEnoughMemory(self.pid, self.left_bytes())
         if error.errno in (errno.ESRCH, errno.EPIPE) or not self.native.alive():
@@ -287,15 +298,40 @@ class Session:
         return TargetStopped(self.pid) if status.get("State", "?")[0] == "T" else AgentSilent(self.pid)
 
     def leave_agent(self) -> None:
-        """Tell the agent to let go for good; it may be gone."""
-        if self.has_agent:
-            with contextlib.suppress(OSError):
-                self.native.call(agent.Message(agent.Kind.LEAVE).pack())
+        """Tell the agent to let go for good; it may be gone.
+
+        Raises TargetFiltered when a filter forbids to tell it anything, and it can't be ended without.
+        """
+        if not self.has_agent:
+            return
+        with contextlib.suppress(OSError):  # it may come again at once, with another sentinel
+            self.native.release(self.sentinel, self.sentinel + PAGE)
+        try:
+            self.native.call(agent.Message(agent.Kind.LEAVE).pack())
+        except OSError as error:
+            self._end_filtered(error)
+
+    def _end_filtered(self, error: OSError) -> None:
+        """After a command that a seccomp filter forbids: end the agent without asking the filter.
+
+        The end of its connection would have it make more calls. Raises TargetFiltered where that is not ours to do.
+        """
+        if error.errno == engine.FILTERED:
+            try:
+                self.native.dismiss()
+            except OSError:
+                raise TargetFiltered(self.pid) from error
+
+    def user_changed(self) -> bool:
+        """Whether the program can no longer become the user that its agent's threads still are."""
+        uids = procfs.uids(self.pid)
+        return bool(uids) and self.uid not in uids
 
     def empty_agent(self) -> None:
         """Tell the agent that nothing of it is out: it may greet the next daemon as new.
 
-        Raises TargetStopped or AgentSilent when it does not say that it has heard; what it was told waits for it.
+        Raises TargetStopped or AgentSilent when it does not say that it has heard (what it was told waits for it), and
+        TargetFiltered as `leave_agent`.
         """
         if not self.has_agent or self.left_bytes():
             return
@@ -305,6 +341,7 @@ class Session:
         except OSError as error:
             if error.errno in engine.SILENT:
                 raise self.silence() from error
+            self._end_filtered(error)
 
     def close(self) -> None:
         """End the engine's half and close what is ours; for a worker thread."""

@@ -26,6 +26,10 @@ SILENT: Final = frozenset({errno.EINPROGRESS, errno.EHOSTDOWN})
 MAX_SPANS: Final = 20
 
 
+FILTERED: Final = errno.EBADRQC
+"""What an OSError of a command carries that was not sent because of a seccomp filter."""
+
+
 class Outcome(enum.IntEnum):
     """What became of a piece: `enum sn_outcome`."""
 
@@ -39,6 +43,7 @@ class Outcome(enum.IntEnum):
     SEALED = 7
     FAILED = 8
     SILENT = 9
+    FILTERED = 10
 
 
 class PartKind(enum.IntEnum):
@@ -392,6 +397,10 @@ class Session:
     def answers(self) -> None:
         """Return when a command may be sent; OSError (one of SILENT) while the last one has no reply."""
         check(lib.sn_session_answers(self.handle))
+
+    def dismiss(self) -> None:
+        """End the agent's threads by ptrace; for when nothing is out. OSError EPERM where that is not ours to do."""
+        check(lib.sn_session_dismiss(self.handle))
 
     def hurry(self) -> None:
         """Wait no longer than needs be for an agent from now on: the daemon ends."""

@@ -50,7 +50,8 @@ enum sn_outcome {
 	SN_GONE = 6,      /* the target is gone */
 	SN_SEALED = 7,    /* the kernel forbids to move it */
 	SN_FAILED = 8,    /* cause says why */
-	SN_SILENT = 9     /* the agent does not answer */
+	SN_SILENT = 9,    /* the agent does not answer */
+	SN_FILTERED = 10  /* a seccomp filter is on the agent too */
 };
 
 struct sn_piece_report {
@@ -159,6 +160,8 @@ int sn_release(struct sn_session *session, uint64_t start, uint64_t end);
 int sn_agent_call(struct sn_session *session, void *message);
 /* 0 when a command may be sent, also where the reply to the last one has come late. */
 int sn_session_answers(struct sn_session *session);
+/* Ends the agent's threads, asking no seccomp filter; for when nothing is out. -EPERM: that is not ours to do. */
+int sn_session_dismiss(struct sn_session *session);
 void sn_session_hurry(struct sn_session *session); /* from now on nobody is waited for as long as usual */
 void sn_page_map_trim(struct sn_session *session);
 

@@ -39,14 +39,17 @@ bool dismiss_is_stopped(const struct sn_session *session)
 }
 
 /* 0: it stands; -ECHILD: it is somebody else's tracee, or gone. */
-static int make_stand(pid_t tid)
+static int make_stand(pid_t tid, bool unfiltered)
 {
 	int status;
 
-	/* Where we may, its seccomp filter is not asked about the one call that it makes for us. EPERM: it is ours
+	/* Its seccomp filter is not asked about the one call that it makes for us, where we may. It may be ours
 	 * already, from the last try. */
-	if (ptrace(PTRACE_SEIZE, tid, NULL, (void *)(long)PTRACE_O_SUSPEND_SECCOMP))
+	if (ptrace(PTRACE_SEIZE, tid, NULL, (void *)(long)PTRACE_O_SUSPEND_SECCOMP)) {
+		if (unfiltered)
+			return errno == ESRCH ? -ESRCH : -EPERM;
 		ptrace(PTRACE_SEIZE, tid, NULL, NULL);
+	}
 	ptrace(PTRACE_INTERRUPT, tid, NULL, NULL);
 	for (int i = 0; i < STAND_TRIES; i++) {
 		pid_t got = waitpid(tid, &status, __WALL | WNOHANG);
@@ -77,10 +80,10 @@ static bool has_gone(pid_t tid)
 	return false;
 }
 
-int dismiss(struct sn_session *session, int tid)
+int dismiss(struct sn_session *session, int tid, bool unfiltered)
 {
 	long word = 0, number, result;
-	int error = make_stand(tid);
+	int error = make_stand(tid, unfiltered);
 	bool patched = false;
 	unsigned long at;
 	arch_regs regs;

@@ -213,6 +213,7 @@ struct sn_session {
 	pthread_mutex_t mover;
 	struct stop *stop; /* made when first used; for whoever holds mover */
 	uint32_t mover_seq;
+	int status_fd;    /* the mover's /proc status, or -1 */
 	bool mover_owes;  /* a command was given up on: until its reply is here there is no next one */
 	bool mover_ended; /* there is nobody to send one to */
 	bool pausing;     /* packing pauses for this session */
@@ -325,8 +326,10 @@ void stop_end(struct stop *stop);
 
 /* mover.c: commands of the agent; for whoever holds session->mover. Beside the reply's status they return: */
 #define MOVER_LATE (-EINPROGRESS) /* no reply in time; the command is carried out some time */
+#define MOVER_FILTERED (-EBADRQC) /* it was not sent: a seccomp filter may kill the program for it */
 #define MOVER_SILENT (-EHOSTDOWN) /* it was not sent: the last one's reply has not come, or never will */
 void mover_attach(struct sn_session *session, int agent_sock);
+void mover_detach(struct sn_session *session);
 void mover_pause(struct sn_session *session); /* before a stop or an unmap */
 void mover_continue(struct sn_session *session);
 int mover_ready(struct sn_session *session); /* 0 when a command may be sent */
@@ -335,7 +338,8 @@ int mover_unmap(struct sn_session *session, const struct snapd_run *runs, unsign
 
 /* dismiss.c */
 bool dismiss_is_stopped(const struct sn_session *session); /* the mover, by a signal */
-int dismiss(struct sn_session *session, int tid); /* ends a thread of the agent; -EAGAIN: not yet */
+/* Ends a thread of the agent; -EAGAIN: not yet. unfiltered: only where no seccomp filter is asked; else -EPERM. */
+int dismiss(struct sn_session *session, int tid, bool unfiltered);
 
 /* pack.c */
 int pack_start(int nthreads);

@@ -673,6 +673,7 @@ static void move_piece(struct sn_piece *piece, struct sn_piece_report *ret)
 	if (error) {
 		ret->cause = error;
 		ret->outcome = error == -ENOMEM ? SN_NO_ROOM
+			       : error == MOVER_FILTERED ? SN_FILTERED
 			       : error == MOVER_LATE || error == MOVER_SILENT ? SN_SILENT
 			       : error == -EPIPE || error == -ESRCH || error == -ENOENT ? SN_GONE : SN_FAILED;
 	} else {
@@ -681,6 +682,8 @@ static void move_piece(struct sn_piece *piece, struct sn_piece_report *ret)
 		ret->outcome = stop_begin(session->stop, atomic_load(&session->pid), session->agent_tids);
 		ret->until_stopped_ns = now_ns() - began;
 		ret->threads = stop_threads(session->stop);
+		if (ret->outcome == SN_MOVED && mover_ready(session) == MOVER_FILTERED)
+			ret->outcome = SN_FILTERED;
 		if (ret->outcome == SN_MOVED)
 			ret->outcome = inside_stop(piece, &files, ret);
 		else

@@ -5,22 +5,53 @@
 #include "internal.h"
 
 #include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
 #include <sys/socket.h>
 #include <sys/time.h>
+#include <unistd.h>
 
 #define COMMAND_NS 10000000000ULL
 #define HURRY_NS 2000000000ULL
 #define AGAIN_NS 1000000000ULL
 #define TICK_US 10000 /* packing pauses for no longer wait than this */
 #define STRANGERS 64
+#define STATUS_BYTES 8192 /* Seccomp stands behind the list of groups */
 
 void mover_attach(struct sn_session *session, int agent_sock)
 {
 	struct timeval tick = {.tv_usec = TICK_US};
+	char path[64];
 
 	session->agent_sock = agent_sock;
-	if (agent_sock >= 0)
-		setsockopt(agent_sock, SOL_SOCKET, SO_RCVTIMEO, &tick, sizeof(tick));
+	session->status_fd = -1;
+	session->mover_owes = session->mover_ended = false;
+	if (agent_sock < 0)
+		return;
+	setsockopt(agent_sock, SOL_SOCKET, SO_RCVTIMEO, &tick, sizeof(tick));
+	snprintf(path, sizeof(path), "/proc/%d/task/%d/status", atomic_load(&session->pid), session->agent_tids[1]);
+	session->status_fd = open(path, O_RDONLY | O_CLOEXEC);
+}
+
+void mover_detach(struct sn_session *session)
+{
+	if (session->agent_sock >= 0)
+		close(session->agent_sock);
+	if (session->status_fd >= 0)
+		close(session->status_fd);
+}
+
+/* A filter that the program put on all its threads may kill it for a call of its mover. */
+static bool is_filtered(const struct sn_session *session)
+{
+	char text[STATUS_BYTES + 1];
+	ssize_t n = pread(session->status_fd, text, STATUS_BYTES, 0);
+	const char *line;
+
+	text[n > 0 ? n : 0] = 0;
+	line = strstr(text, "\nSeccomp:");
+	return line && atoi(line + sizeof("\nSeccomp:") - 1) != 0;
 }
 
 /* Packing pauses while the target stands or its mover runs, but not for one that takes its time. */
@@ -61,7 +92,7 @@ static bool ended_in_stop(struct sn_session *session)
 {
 	if (!atomic_load(&session->hurry) && dismiss_is_stopped(session))
 		return false;
-	session->mover_ended = dismiss(session, session->agent_tids[1]) == 0;
+	session->mover_ended = dismiss(session, session->agent_tids[1], false) == 0;
 	return session->mover_ended;
 }
 
@@ -130,6 +161,8 @@ int mover_ready(struct sn_session *session)
 		return -ENOTCONN;
 	if (session->mover_ended)
 		return MOVER_SILENT;
+	if (!session->in_stop && is_filtered(session)) /* nobody sets one in a stop */
+		return MOVER_FILTERED;
 	return session->mover_owes ? settle_debt(session) : 0;
 }
 
@@ -177,6 +210,18 @@ int sn_session_answers(struct sn_session *session)
 	ret = mover_ready(session);
 	pthread_mutex_unlock(&session->mover);
 	return ret;
+}
+
+int sn_session_dismiss(struct sn_session *session)
+{
+	int error = 0;
+
+	pthread_mutex_lock(&session->mover);
+	for (int i = 0; i < 2 && !error && session->agent_sock >= 0; i++)
+		error = dismiss(session, session->agent_tids[i], true);
+	session->mover_ended |= !error;
+	pthread_mutex_unlock(&session->mover);
+	return error;
 }
 
 void sn_session_hurry(struct sn_session *session)

@@ -122,11 +122,11 @@ struct sn_session *session_new(const struct sn_target *target, struct sn_store *
 	session->id = atomic_fetch_add(&next_id, 1);
 	atomic_store(&session->pid, target->pid);
 	session->uffd = target->uffd;
-	mover_attach(session, target->agent_sock);
 	session->maps_fd = session->pagemap_fd = -1;
 	session_see(session);
 	session->sentinel = target->sentinel;
 	memcpy(session->agent_tids, target->agent_tids, sizeof(session->agent_tids));
+	mover_attach(session, target->agent_sock);
 	session->source = source;
 	session->store = store;
 	atomic_fetch_add(&store->references, 1);
@@ -172,8 +172,7 @@ static void session_free(struct sn_session *session)
 			store_unhold_entry(session->store, session->pm.entries[table->records[i].first + k]);
 	if (session->uffd >= 0)
 		close(session->uffd);
-	if (session->agent_sock >= 0)
-		close(session->agent_sock);
+	mover_detach(session);
 	if (session->maps_fd >= 0)
 		close(session->maps_fd);
 	if (session->pagemap_fd >= 0)
@@ -312,12 +311,10 @@ void sn_session_set_pid(struct sn_session *session, int pid)
 void sn_session_bind(struct sn_session *session, int agent_sock, const int *tids)
 {
 	pthread_mutex_lock(&session->mover);
-	if (session->agent_sock >= 0)
-		close(session->agent_sock);
+	mover_detach(session);
 	session->agent_tids[0] = tids[0];
 	session->agent_tids[1] = tids[1];
 	mover_attach(session, agent_sock);
-	session->mover_owes = session->mover_ended = false;
 	pthread_mutex_unlock(&session->mover);
 }
 

@@ -245,6 +245,7 @@ def test_program_that_closed_all_its_descriptors_is_dumped_and_served(daemon: Da
 
 def test_program_that_changed_its_user_gets_everything_back_and_is_refused(daemon: Daemon, spawn: Spawner) -> None:
     steps = spawn("steps", "--mib", HEAP_MIB)
+    daemon.allow("its user is 0 no longer")
     daemon.dump(steps.pid)
     assert steps.ask("setuid", 65534)["status"] == 0
     with pytest.raises(SnapdError):

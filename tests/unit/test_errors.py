@@ -106,6 +106,13 @@ SENTENCES = {
     ),
     "UnsupportedPlatform": (42, "snapd does not run on /some/where: use Linux on x86-64 with CPython 3.11 or newer."),
     "Internal": (50, "snapd made a mistake of its own (/some/where): please report it together with the daemon's log."),
+    "TargetFiltered": (
+        60,
+        (
+            "Process 42 has put a seccomp filter on all its threads, which may kill it for what a dump does: leave it "
+            "as it is, its pages are served and can be restored, or start it without that filter."
+        ),
+    ),
     "NotManageable": (
         125,
         (
