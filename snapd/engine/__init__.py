@@ -436,17 +436,39 @@ class Model:
         """Give pages entries: `entry`, counted up in the frame offset."""
         check(lib.sn_model_add(self.session.handle, start, npages, entry))
 
-    def event(self, event: int, a: int, b: int, c: int = 0) -> None:
-        """Let an event be read: REMAP(from, to, length), REMOVE(start, end), UNMAP(start, end)."""
-        lib.sn_model_event(self.session.handle, event, a, b, c)
+    def blank(self, start: int, npages: int) -> None:
+        """Watch pages that were never moved."""
+        check(lib.sn_model_add(self.session.handle, start, npages, (1 << 64) - 1))
 
-    def apply(self) -> None:
-        """Apply the events since the last call, as one batch: no call is in flight now."""
-        lib.sn_model_apply(self.session.handle)
+    def event(self, event: int, a: int, b: int, c: int = 0, npages_more: int = 0) -> tuple[int, int] | None:
+        """Let an event be read: REMAP(from, to, length), REMOVE(start, end), UNMAP(start, end).
 
-    def owe(self, start: int, end: int) -> None:
-        """Expect an UNMAP that must not hit live records."""
-        lib.sn_model_owe(self.session.handle, start, end)
+        A REMAP may add `npages_more` at the end.
+
+        Return the (start, end) that has to be vacated by an event that is to come, if there is such a one.
+        """
+        need = ffi.new("uint64_t[2]")
+        return (
+            (need[0], need[1])
+            if check(lib.sn_model_event(self.session.handle, event, a, b, c, npages_more, need))
+            else None
+        )
+
+    def force(self) -> bool:
+        """Let the oldest event that waits go on though nobody vacates its place. Return whether one still waits."""
+        return bool(lib.sn_model_force(self.session.handle))
+
+    def end(self, *, quiet: bool) -> None:
+        """End the drain: what was applied becomes current. `quiet`: no call is in flight."""
+        lib.sn_model_end(self.session.handle, quiet)
+
+    def compact(self) -> None:
+        """Make room in the ring in the middle of a drain."""
+        lib.sn_model_compact(self.session.handle)
+
+    def drop(self, start: int, end: int) -> None:
+        """Let the mover unmap what has no records: its UNMAP must not hit what is there by then."""
+        lib.sn_model_drop(self.session.handle, start, end)
 
     def stand(self) -> None:
         """Come to a full stop: nothing is owed any more."""

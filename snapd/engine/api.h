@@ -165,12 +165,17 @@ int sn_session_dismiss(struct sn_session *session);
 void sn_session_hurry(struct sn_session *session); /* from now on nobody is waited for as long as usual */
 void sn_page_map_trim(struct sn_session *session);
 
-/* Doors for tests, see model.c: pages with entries counted up in the frame offset, events as if they had been read (the
- * kernel's numbers), an UNMAP that is owed, a full stop, and the entry of an address (all ones: no record). */
+/* Doors for tests, see model.c: pages with entries counted up in the frame offset (all ones: without entries), an
+ * event as if it had been read (the kernel's numbers; 1 when it or an earlier one waits for ret_need to be vacated),
+ * the end of that wait when nobody vacates it, the end of a drain, room made in the ring, what the mover unmaps, a full
+ * stop, and the entry of an address (all ones: none). */
 int sn_model_add(struct sn_session *session, uint64_t start, uint64_t npages, uint64_t entry);
-void sn_model_event(struct sn_session *session, int event, uint64_t a, uint64_t b, uint64_t c);
-void sn_model_apply(struct sn_session *session); /* the events since the last call, as one batch */
-void sn_model_owe(struct sn_session *session, uint64_t start, uint64_t end);
+int sn_model_event(struct sn_session *session, int event, uint64_t a, uint64_t b, uint64_t c, uint32_t npages_more,
+		   uint64_t *ret_need);
+int sn_model_force(struct sn_session *session);
+void sn_model_end(struct sn_session *session, int quiet);
+void sn_model_compact(struct sn_session *session);
+void sn_model_drop(struct sn_session *session, uint64_t start, uint64_t end);
 void sn_model_stand(struct sn_session *session);
 uint64_t sn_model_entry(struct sn_session *session, uint64_t address);
 

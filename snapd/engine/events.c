@@ -1,8 +1,9 @@
-/* Events of the target's own doing: fork, remap, remove, unmap, applied to the page map.
+/* Events of the target's own doing: fork, remap, remove, unmap, in the order in which they happened.
  *
- * Called by the reader with the session's lock held exclusively since before the first of them was read. Owns the order
- * in which a batch makes sense; knows no fills.
- */
+ * Called by the reader with the session's lock held exclusively from before the first read until events_end. Each
+ * thread queues its event after it has let go of the mmap lock, so one may be read before one that happened earlier.
+ * It shows where memory moves to a place that is not vacant: then everything waits for the one that vacates it. Owns that
+ * order; knows no fills. */
 #include "internal.h"
 
 #include <errno.h>
@@ -36,9 +37,23 @@ static void cut_and_forget(struct sn_session *session, struct table *table, uint
 	}
 }
 
-static void apply_remove(struct sn_session *session, uint64_t start, uint64_t end)
+static struct table *current(const struct events *events)
 {
-	struct table *table = pm_table(&session->pm);
+	return events->table ? events->table : pm_table(&events->session->pm);
+}
+
+/* All changes of one drain are made in one copy of the table and become current together. */
+static struct table *editable(struct events *events)
+{
+	if (!events->table)
+		events->table = pm_edit(&events->session->pm);
+	return events->table;
+}
+
+static void apply_remove(struct events *events, uint64_t start, uint64_t end)
+{
+	struct sn_session *session = events->session;
+	const struct table *table = current(events);
 
 	for (long i = pm_first_at(table, start); i < (long)table->nrecords && table->records[i].start < end; i++) {
 		const struct record *record = &table->records[i];
@@ -55,27 +70,27 @@ static void apply_remove(struct sn_session *session, uint64_t start, uint64_t en
 	}
 }
 
-static void apply_unmap(struct sn_session *session, struct table *table, uint64_t start, uint64_t end)
+static void apply_unmap(struct events *events, uint64_t start, uint64_t end)
 {
-	struct debt rest[64];
-	int n = pm_settle(table, start, end, rest, 64);
+	struct sn_session *session = events->session;
+	struct table *table = editable(events);
 
-	for (int i = 0; i < n; i++)
-		if (rest[i].start < rest[i].end)
-			cut_and_forget(session, table, rest[i].start, rest[i].end);
+	/* The mover's own: there were no records where it unmaps, but others' memory may be there by now. */
+	if (table->dropping.start == start && table->dropping.end == end)
+		table->dropping = (struct interval){0, 0};
+	else if (!pm_settle(table, start, end))
+		cut_and_forget(session, table, start, end);
 }
 
-/* Gives the mapping that holds an address a record to its end. It may have grown without an event that says so; what
- * is not watched by us gets none: an event that never comes would be owed for it. from_start: only a mapping that
- * begins there, for after a REMAP the place may be another's by now. */
-void events_cover(struct sn_session *session, struct table *table, uint64_t address, bool from_start)
+/* Gives the whole mapping at an address a record: it may have grown in place without an event that says so. What is not
+ * watched by us gets none. */
+void events_cover(struct sn_session *session, struct table *table, uint64_t address)
 {
 	struct snapd_procmap_query vma = {.size = sizeof(vma), .query_addr = address};
 
 	if (session->maps_fd < 0 || session->pagemap_fd < 0 || sn_watched(session->pagemap_fd, address) != 1)
 		return;
-	if (ioctl(session->maps_fd, SNAPD_PROCMAP_QUERY, &vma) == 0 &&
-	    (from_start ? vma.vma_start == address : vma.vma_start <= address))
+	if (ioctl(session->maps_fd, SNAPD_PROCMAP_QUERY, &vma) == 0 && vma.vma_start <= address)
 		pm_blank(table, vma.vma_start, vma.vma_end);
 }
 
@@ -90,99 +105,61 @@ static void note_own_move(struct page_map_header *header, uint64_t from, uint64_
 	}
 }
 
-struct batch {
-	struct sn_session *session;
-	const struct snapd_uffd_msg *messages;
-	unsigned int n;
-	bool done[RING_SLOTS];
-};
-
-static bool overlap(uint64_t a, uint64_t a_end, uint64_t b, uint64_t b_end)
+/* What a move adds at the end is in no event, but watched. It is noted in a field of the message that the kernel leaves
+ * alone, while the caller is still in its call. */
+static void note_growth(struct sn_session *session, struct snapd_uffd_msg *message)
 {
-	return a < b_end && b < a_end;
+	struct snapd_procmap_query vma = {.size = sizeof(vma), .query_addr = message->arg.remap.to};
+	uint64_t end = message->arg.remap.to + message->arg.remap.len, bytes;
+
+	if (session->maps_fd < 0 || ioctl(session->maps_fd, SNAPD_PROCMAP_QUERY, &vma) || vma.vma_end <= end)
+		return; /* it has not grown */
+	bytes = callers_length(atomic_load(&session->pid), message->arg.remap.from, (void *)session->moving);
+	if (bytes > message->arg.remap.len)
+		message->reserved3 = (__u32)((bytes - message->arg.remap.len) / PAGE);
 }
 
-static bool occupied(const struct table *table, uint64_t start, uint64_t end)
+static uint64_t remap_end(const struct snapd_uffd_msg *message)
 {
-	long i = pm_first_at(table, start);
-
-	return i < (long)table->nrecords && table->records[i].start < end;
+	return message->arg.remap.to + message->arg.remap.len + message->reserved3 * PAGE;
 }
 
-static void apply_one(struct batch *batch, unsigned int i);
-
-/* Memory moves to [start, end): whatever was there before went first, though its event was read later. An UNMAP that is
- * taken for older than it is leaves records of unmapped memory behind: nobody asks for those. */
-static void vacate(struct batch *batch, unsigned int i, uint64_t start, uint64_t end)
+static void apply_remap(struct events *events, const struct snapd_uffd_msg *message)
 {
-	for (unsigned int k = i + 1; k < batch->n; k++) {
-		const struct snapd_uffd_msg *m = &batch->messages[k];
-
-		if (batch->done[k])
-			continue;
-		if (m->event == SNAPD_UFFD_EVENT_REMAP &&
-		    overlap(m->arg.remap.from, m->arg.remap.from + m->arg.remap.len, start, end) &&
-		    /* All of what it takes along: its own UNMAP, next in the batch, must not come before it. */
-		    occupied(pm_table(&batch->session->pm), m->arg.remap.from,
-			     m->arg.remap.from + m->arg.remap.len))
-			apply_one(batch, k);
-		else if (m->event == SNAPD_UFFD_EVENT_UNMAP && overlap(m->arg.remove.start, m->arg.remove.end,
-			start, end))
-			apply_one(batch, k);
-	}
-}
-
-static void apply_remap(struct batch *batch, unsigned int i)
-{
-	struct sn_session *session = batch->session;
-	uint64_t from = batch->messages[i].arg.remap.from, to = batch->messages[i].arg.remap.to;
-	uint64_t bytes = batch->messages[i].arg.remap.len;
+	uint64_t from = message->arg.remap.from, to = message->arg.remap.to, bytes = message->arg.remap.len;
+	struct sn_session *session = events->session;
+	struct table *table = editable(events);
 	struct record *parts = session->moving;
-	struct table *table;
-	bool unmapped = false;
-	long n;
+	long n = pm_cut(table, from, from + bytes, parts, MAX_RECORDS);
 
-	vacate(batch, i, to, to + bytes);
-	for (unsigned int k = i + 1; k < batch->n && !unmapped; k++) {
-		const struct snapd_uffd_msg *m = &batch->messages[k];
-
-		unmapped = !batch->done[k] && m->event == SNAPD_UFFD_EVENT_UNMAP && m->arg.remove.start == from &&
-			   m->arg.remove.end == from + bytes;
-		batch->done[k] |= unmapped; /* the second half of this very mremap */
-	}
-	table = pm_edit(&session->pm);
-	n = pm_cut(table, from, from + bytes, parts, MAX_RECORDS);
-	cut_and_forget(session, table, to, to + bytes);
+	/* There is nothing, but where nobody was found who vacates it. */
+	cut_and_forget(session, table, to, remap_end(message));
 	for (long k = 0; k < n; k++) {
 		parts[k].start = parts[k].start - from + to;
 		if (pm_insert(table, parts[k]))
 			notify(&(struct sn_notice){.kind = SN_NOTICE_TROUBLE, .session = session->id, .cause = ENOSPC});
 	}
-	if (!unmapped)
-		pm_add_debt(table, from, from + bytes);
-	events_cover(session, table, to, true);
-	pm_commit(&session->pm, pm_applied(&session->pm));
+	pm_blank(table, to + bytes, remap_end(message));
+	/* The call's own UNMAP comes next; by then another's memory may be there. */
+	pm_add_debt(table, from, from + bytes);
 }
 
-static void apply_one(struct batch *batch, unsigned int i)
+static void apply(struct events *events, const struct snapd_uffd_msg *message)
 {
-	struct sn_session *session = batch->session;
-	const struct snapd_uffd_msg *message = &batch->messages[i];
-	struct table *table;
+	struct sn_session *session = events->session;
 	int error;
 
-	batch->done[i] = true;
 	switch (message->event) {
 	case SNAPD_UFFD_EVENT_FORK:
 		COUNT(session, forks);
-		error = session_fork(session, (int)message->arg.fork.ufd);
+		error = session_fork(session, current(events), (int)message->arg.fork.ufd);
 		if (error)
 			notify(&(struct sn_notice){.kind = SN_NOTICE_TROUBLE, .session = session->id, .cause = -error,
 						   .value = message->arg.fork.ufd});
 		break;
 	case SNAPD_UFFD_EVENT_REMOVE:
 		COUNT(session, removes);
-		apply_remove(session, message->arg.remove.start, message->arg.remove.end);
+		apply_remove(events, message->arg.remove.start, message->arg.remove.end);
 		break;
 	case SNAPD_UFFD_EVENT_REMAP:
 		if (session->in_stop) {
@@ -191,29 +168,156 @@ static void apply_one(struct batch *batch, unsigned int i)
 			break;
 		}
 		COUNT(session, remaps);
-		apply_remap(batch, i);
+		apply_remap(events, message);
 		break;
 	case SNAPD_UFFD_EVENT_UNMAP:
 		if (session->in_stop)
 			break;
 		COUNT(session, unmaps);
-		table = pm_edit(&session->pm);
-		apply_unmap(session, table, message->arg.remove.start, message->arg.remove.end);
-		pm_commit(&session->pm, pm_applied(&session->pm));
+		apply_unmap(events, message->arg.remove.start, message->arg.remove.end);
 		break;
 	default:
 		break;
 	}
 }
 
-/* Events of two threads may be read in the other order than they happened: each queues its own after it has let go of
- * the mmap lock. So they are collected until no call is in flight, and applied in an order that makes sense. */
-void events_apply(struct sn_session *session, unsigned int nevents)
+static const struct snapd_uffd_msg *waiting(const struct events *events, unsigned int i)
 {
-	struct batch batch = {.session = session, .messages = session->pm.ring, .n = nevents};
+	return &pm_ring(&events->session->pm)[events->waiting[i]];
+}
 
-	for (unsigned int i = 0; i < nevents; i++)
-		if (!batch.done[i])
-			apply_one(&batch, i);
-	pm_set_applied(&session->pm, nevents);
+/* The part of a REMAP's destination that is still taken. */
+static struct interval taken(const struct events *events, const struct snapd_uffd_msg *message)
+{
+	const struct table *table = current(events);
+	uint64_t start = message->arg.remap.to, end = remap_end(message);
+	struct interval ret = {0, 0};
+
+	if (message->event != SNAPD_UFFD_EVENT_REMAP || events->session->in_stop)
+		return ret;
+	for (long i = pm_first_at(table, start); i < (long)table->nrecords && table->records[i].start < end; i++) {
+		const struct record *record = &table->records[i];
+
+		if (!ret.end)
+			ret.start = max_u64(record->start, start);
+		ret.end = min_u64(record->start + record->npages * PAGE, end);
+	}
+	return ret;
+}
+
+static bool vacates(const struct snapd_uffd_msg *message, struct interval place)
+{
+	uint64_t start, end;
+
+	if (message->event == SNAPD_UFFD_EVENT_REMAP) {
+		start = message->arg.remap.from;
+		end = start + message->arg.remap.len;
+	} else if (message->event == SNAPD_UFFD_EVENT_UNMAP) {
+		start = message->arg.remove.start;
+		end = message->arg.remove.end;
+	} else {
+		return false;
+	}
+	return start < place.end && place.start < end;
+}
+
+static void take_first(struct events *events)
+{
+	const struct snapd_uffd_msg *message = waiting(events, 0);
+
+	events->nwaiting--;
+	memmove(events->waiting, events->waiting + 1, events->nwaiting * sizeof(events->waiting[0]));
+	apply(events, message);
+}
+
+/* Applies what can be; the first that needs a vacant place pulls the one that vacates it forward. */
+static void settle(struct events *events)
+{
+	unsigned int pulled = 0;
+
+	while (events->nwaiting) {
+		struct interval need = taken(events, waiting(events, 0));
+		unsigned int k = 1;
+		uint16_t slot;
+
+		if (!need.end) {
+			take_first(events);
+			pulled = 0;
+			continue;
+		}
+		while (k < events->nwaiting && !vacates(waiting(events, k), need))
+			k++;
+		if (k == events->nwaiting || pulled++ == events->nwaiting)
+			break;
+		slot = events->waiting[k];
+		memmove(events->waiting + 1, events->waiting, k * sizeof(events->waiting[0]));
+		events->waiting[0] = slot;
+	}
+}
+
+void events_begin(struct events *events, struct sn_session *session)
+{
+	events->session = session;
+	events->table = NULL;
+	events->n = events->nwaiting = 0;
+}
+
+void events_take(struct events *events)
+{
+	struct snapd_uffd_msg *message = &pm_ring(&events->session->pm)[events->n];
+
+	if (message->event == SNAPD_UFFD_EVENT_REMAP && !events->session->in_stop)
+		note_growth(events->session, message);
+	events->waiting[events->nwaiting++] = (uint16_t)events->n++;
+	settle(events);
+}
+
+struct interval events_need(const struct events *events)
+{
+	return events->nwaiting ? taken(events, waiting(events, 0)) : (struct interval){0, 0};
+}
+
+void events_force(struct events *events)
+{
+	take_first(events);
+	settle(events);
+}
+
+/* What was applied becomes current and leaves the ring in one step; what waits is in the other half of it by then. */
+static void commit(struct events *events)
+{
+	struct page_map *pm = &events->session->pm;
+	struct snapd_uffd_msg *old = pm_ring(pm), *new = pm_other_ring(pm);
+
+	for (unsigned int i = 0; i < events->nwaiting; i++)
+		new[i] = old[events->waiting[i]];
+	if (events->table)
+		pm_commit(pm);
+	/* Without a change of the table only REMOVEs were applied, and those may be applied again. */
+	memset(old, 0, min_u64(events->n + READ_SLOTS, RING_SLOTS) * sizeof(old[0]));
+	events->table = NULL;
+}
+
+void events_compact(struct events *events)
+{
+	editable(events);
+	commit(events);
+	for (unsigned int i = 0; i < events->nwaiting; i++)
+		events->waiting[i] = (uint16_t)i;
+	events->n = events->nwaiting;
+}
+
+void events_end(struct events *events, bool quiet)
+{
+	if (quiet && current(events)->ndebts) {
+		struct table *table = editable(events);
+
+		/* No call is in flight: what is owed was the program's own DONTUNMAP; the place is watched. */
+		for (uint64_t i = 0; i < table->ndebts; i++)
+			if (sn_watched(events->session->pagemap_fd, table->debts[i].start) == 1)
+				pm_blank(table, table->debts[i].start, table->debts[i].end);
+		table->ndebts = 0;
+	}
+	if (events->n || events->table)
+		commit(events);
 }

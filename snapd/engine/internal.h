@@ -49,18 +49,20 @@ struct record {
 	uint64_t start, npages, first, aside;
 };
 #define NO_ENTRIES (~0ULL)
-struct debt { /* addresses of which an UNMAP is still to come that must not hit live records */
+struct interval {
 	uint64_t start, end;
 };
 
 #define MAX_DEBTS 512
 #define MAX_RECORDS 65536
-#define RING_SLOTS 1024
+#define RING_SLOTS 512 /* of each of the two rings */
+#define READ_SLOTS 32  /* of one read */
 #define MAX_ENTRIES (1ULL << 31)
 
 struct table {
 	uint64_t nrecords, ndebts;
-	struct debt debts[MAX_DEBTS];
+	struct interval debts[MAX_DEBTS]; /* of each an UNMAP is to come that belongs to a REMAP that was read */
+	struct interval dropping; /* what the mover unmaps now: it has no records, so its UNMAP means nothing */
 	struct record records[MAX_RECORDS];
 };
 
@@ -79,7 +81,7 @@ struct page_map_header {
 	uint32_t key_id, dictionary_id;
 	int32_t pid, uffd, store, reserved;
 	uint64_t sentinel, nentries;
-	_Atomic uint64_t control; /* generation << 32 | events of the ring that are applied: both change by one store */
+	_Atomic uint64_t generation; /* says which table and which ring are current: both change by one store */
 	struct intent intents[MAX_INFLIGHT * MAX_SPANS];
 };
 
@@ -94,7 +96,6 @@ struct page_map {
 	int fd;
 	char *base;
 	struct page_map_header *header;
-	struct snapd_uffd_msg *ring;
 	_Atomic uint64_t *entries;
 	uint64_t alloc_next, alloc_limit;
 };
@@ -103,22 +104,22 @@ struct page_map {
 int pm_open(struct page_map *pm, int fd);
 void pm_close(struct page_map *pm);
 struct table *pm_table(struct page_map *pm);
-unsigned int pm_applied(struct page_map *pm);
+struct snapd_uffd_msg *pm_ring(struct page_map *pm);
+struct snapd_uffd_msg *pm_other_ring(struct page_map *pm);
 struct table *pm_edit(struct page_map *pm); /* a copy of the table to change; pm_commit makes it the current one */
-void pm_commit(struct page_map *pm, unsigned int applied);
-void pm_set_applied(struct page_map *pm, unsigned int applied);
+void pm_commit(struct page_map *pm);
 long pm_find(const struct table *table, uint64_t address); /* index of the record that holds it, or -1 */
 long pm_first_at(const struct table *table, uint64_t address); /* first record that ends behind it */
 /* Takes [start, end) out of the table; what was there goes to out (up to capacity). Returns how many. */
 long pm_cut(struct table *table, uint64_t start, uint64_t end, struct record *out, long capacity);
+void pm_set_dropping(struct page_map *pm, struct interval dropping);
 int pm_insert(struct table *table, struct record record);
 uint64_t pm_address_of(const struct table *table, uint64_t index); /* 0: no longer mapped */
 void pm_join(struct table *table); /* makes one of records that follow each other */
 void pm_trim(struct page_map *pm, struct record *used, uint64_t n);
 int pm_blank(struct table *table, uint64_t start, uint64_t end); /* gives what has no record one without entries */
 void pm_add_debt(struct table *table, uint64_t start, uint64_t end);
-/* Takes debts out of [start, end); what is left of it goes to rest. Returns how many intervals are left. */
-int pm_settle(struct table *table, uint64_t start, uint64_t end, struct debt *rest, int capacity);
+bool pm_settle(struct table *table, uint64_t start, uint64_t end); /* pays a debt of exactly this, if there is one */
 int pm_alloc(struct page_map *pm, uint64_t npages, uint64_t *ret_first);
 
 /* ---- store ---- */
@@ -199,6 +200,7 @@ struct filler { /* one thread's means of filling */
 };
 
 struct stop;
+#define MAX_THREADS 8192
 
 struct sn_session {
 	uint64_t id;
@@ -224,7 +226,7 @@ struct sn_session {
 
 	pthread_t reader, fillers[MAX_FILLERS];
 	int nfillers;
-	unsigned int model_events;
+	struct events *model;
 	struct record *scratch, *moving; /* for whoever holds the lock exclusively; MAX_RECORDS each */
 	atomic_bool stopping, gone;
 	pthread_mutex_t queue_lock;
@@ -247,14 +249,39 @@ struct sn_session *session_new(const struct sn_target *target, struct sn_store *
 			       int *ret_error);
 struct stop *session_stop(struct sn_session *session);
 int session_start(struct sn_session *session);
-int session_fork(struct sn_session *session, int uffd);
+int session_fork(struct sn_session *session, const struct table *from, int uffd);
 void session_gone(struct sn_session *session);
 /* Replaces an entry and gives its old frame back; for whoever holds session->lock exclusively. */
 void entry_put(struct sn_session *session, uint64_t index, uint64_t entry);
 
 /* events.c */
-void events_cover(struct sn_session *session, struct table *table, uint64_t address, bool from_start);
-void events_apply(struct sn_session *session, unsigned int nevents); /* what is in the ring, all of it */
+struct events { /* one drain: from before the first read until all that was read is applied */
+	struct sn_session *session;
+	struct table *table; /* the copy that is edited, or NULL */
+	unsigned int n;	     /* messages in the ring */
+	unsigned int nwaiting;
+	uint16_t waiting[RING_SLOTS]; /* slots of those that are not applied, in order */
+};
+void events_begin(struct events *events, struct sn_session *session);
+void events_take(struct events *events); /* the message in slot n of the ring */
+struct interval events_need(const struct events *events); /* the place that must be vacated first, or nothing */
+void events_force(struct events *events);	      /* nobody will vacate it */
+void events_compact(struct events *events);	      /* makes room in the ring */
+void events_end(struct events *events, bool quiet); /* quiet: no call is in flight */
+void events_cover(struct sn_session *session, struct table *table, uint64_t address);
+
+/* callers.c */
+#define MAX_CALLERS MAX_THREADS
+struct caller {
+	pid_t tid;
+	bool innocent;
+	uint64_t ran_ns;
+};
+/* Waits until the thread that took memory away from the place has queued its event. False: there is none; true also
+ * when /proc does not say. */
+bool callers_await(int pid, struct interval place, struct caller *seen);
+/* The new length in bytes of what an mremap that has not returned moved away from an address; 0 when nobody says. */
+uint64_t callers_length(int pid, uint64_t moved_from, struct caller *seen);
 
 /* uffd.c: each errno gets its meaning here */
 enum uffd_result { UFFD_DONE, UFFD_EXISTS, UFFD_AGAIN, UFFD_UNMAPPED, UFFD_GONE, UFFD_NO_MEMORY, UFFD_ERROR };
@@ -316,7 +343,6 @@ void prefetch_note(struct prefetch *prefetch, uint64_t address); /* a stored pag
 bool prefetch_step(struct prefetch *prefetch);
 
 /* stop.c */
-#define MAX_THREADS 8192
 struct stop *stop_create(void);
 void stop_destroy(struct stop *stop);
 int stop_begin(struct stop *stop, int pid, const int skip[2]); /* an sn_outcome */
@@ -334,7 +360,7 @@ void mover_pause(struct sn_session *session); /* before a stop or an unmap */
 void mover_continue(struct sn_session *session);
 int mover_ready(struct sn_session *session); /* 0 when a command may be sent */
 int mover_call(struct sn_session *session, struct snapd_wire *message);
-int mover_unmap(struct sn_session *session, const struct snapd_run *runs, unsigned int nruns);
+int mover_unmap(struct sn_session *session, struct snapd_run run);
 
 /* dismiss.c */
 bool dismiss_is_stopped(const struct sn_session *session); /* the mover, by a signal */

@@ -5,6 +5,7 @@
 #include "internal.h"
 
 #include <errno.h>
+#include <stdlib.h>
 
 int sn_model_add(struct sn_session *session, uint64_t start, uint64_t npages, uint64_t entry)
 {
@@ -15,44 +16,67 @@ int sn_model_add(struct sn_session *session, uint64_t start, uint64_t npages, ui
 
 	pthread_rwlock_wrlock(&session->lock);
 	table = pm_edit(pm);
-	error = pm_alloc(pm, npages, &first);
-	for (uint64_t i = 0; i < npages && !error; i++)
+	first = NO_ENTRIES;
+	error = entry == ~0ULL ? 0 : pm_alloc(pm, npages, &first);
+	for (uint64_t i = 0; i < npages && first != NO_ENTRIES && !error; i++)
 		entry_put(session, first + i, entry + (i << 18));
 	if (!error)
 		error = pm_insert(table, (struct record){start, npages, first, 0});
-	pm_commit(pm, pm_applied(pm));
+	pm_commit(pm);
 	pthread_rwlock_unlock(&session->lock);
 	return error;
 }
 
-void sn_model_event(struct sn_session *session, int event, uint64_t a, uint64_t b, uint64_t c)
+int sn_model_event(struct sn_session *session, int event, uint64_t a, uint64_t b, uint64_t c, uint32_t npages_more,
+		   uint64_t *ret_need)
 {
-	session->pm.ring[session->model_events++] =
-		(struct snapd_uffd_msg){.event = (__u8)event, .arg.words = {a, b, c}};
+	struct interval need;
+
+	if (!session->model) {
+		session->model = malloc(sizeof(*session->model));
+		if (!session->model)
+			return -ENOMEM;
+		events_begin(session->model, session);
+	}
+	pm_ring(&session->pm)[session->model->n] =
+		(struct snapd_uffd_msg){.event = (__u8)event, .reserved3 = npages_more, .arg.words = {a, b, c}};
+	events_take(session->model);
+	need = events_need(session->model);
+	ret_need[0] = need.start;
+	ret_need[1] = need.end;
+	return need.end != 0;
 }
 
-void sn_model_apply(struct sn_session *session)
+int sn_model_force(struct sn_session *session)
 {
-	pthread_rwlock_wrlock(&session->lock);
-	events_apply(session, session->model_events);
-	memset(session->pm.ring, 0, session->model_events * sizeof(session->pm.ring[0]));
-	session->model_events = 0;
-	pthread_rwlock_unlock(&session->lock);
+	events_force(session->model);
+	return events_need(session->model).end != 0;
 }
 
-void sn_model_owe(struct sn_session *session, uint64_t start, uint64_t end)
+void sn_model_end(struct sn_session *session, int quiet)
 {
-	pthread_rwlock_wrlock(&session->lock);
-	pm_add_debt(pm_edit(&session->pm), start, end);
-	pm_commit(&session->pm, pm_applied(&session->pm));
-	pthread_rwlock_unlock(&session->lock);
+	if (session->model)
+		events_end(session->model, quiet);
+	free(session->model);
+	session->model = NULL;
+}
+
+void sn_model_compact(struct sn_session *session)
+{
+	if (session->model)
+		events_compact(session->model);
+}
+
+void sn_model_drop(struct sn_session *session, uint64_t start, uint64_t end)
+{
+	pm_set_dropping(&session->pm, (struct interval){start, end});
 }
 
 void sn_model_stand(struct sn_session *session)
 {
 	pthread_rwlock_wrlock(&session->lock);
 	pm_edit(&session->pm)->ndebts = 0;
-	pm_commit(&session->pm, pm_applied(&session->pm));
+	pm_commit(&session->pm);
 	pthread_rwlock_unlock(&session->lock);
 }
 

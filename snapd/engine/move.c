@@ -98,7 +98,7 @@ static int watch(struct sn_piece *piece, struct span *span, const struct files *
 		for (uint64_t k = 0; session->scratch[i].first != NO_ENTRIES && k < session->scratch[i].npages; k++)
 			entry_put(session, session->scratch[i].first + k, ST_NONE);
 	span->cause = pm_blank(table, vma->vma_start, vma->vma_end);
-	pm_commit(&session->pm, pm_applied(&session->pm));
+	pm_commit(&session->pm);
 	pthread_rwlock_unlock(&session->lock);
 	return span->cause ? SN_NO_ROOM : SN_MOVED;
 }
@@ -207,7 +207,7 @@ static void claim(struct sn_piece *piece)
 		}
 	}
 	piece_set_phase(piece, PHASE_MOVE);
-	pm_commit(&session->pm, pm_applied(&session->pm));
+	pm_commit(&session->pm);
 	for (int i = 0; i < piece->nspans; i++)
 		if (piece->spans[i].outcome == SN_MOVED)
 			set_moving(piece, &piece->spans[i], true);
@@ -593,7 +593,7 @@ static void settle(struct sn_piece *piece, struct sn_piece_report *ret)
 			entry_put(session, index, entry);
 		}
 	}
-	pm_commit(&session->pm, pm_applied(&session->pm));
+	pm_commit(&session->pm);
 	session->in_stop = false;
 	piece_set_phase(piece, PHASE_STORE);
 	pthread_rwlock_unlock(&session->lock);
@@ -700,7 +700,7 @@ static void move_piece(struct sn_piece *piece, struct sn_piece_report *ret)
 	if (!piece->nsegments && piece->staging) {
 		struct snapd_run staging = {piece->staging, piece->staging_bytes};
 
-		mover_unmap(session, &staging, 1);
+		mover_unmap(session, staging);
 		piece->staging = 0;
 	}
 	close_files(&files);

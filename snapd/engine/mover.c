@@ -137,6 +137,27 @@ static int send_and_wait(struct sn_session *session, struct snapd_wire *message)
 	return error ? error : message->status;
 }
 
+static void set_dropping(struct sn_session *session, uint64_t start, uint64_t end)
+{
+	pthread_rwlock_wrlock(&session->lock);
+	pm_set_dropping(&session->pm, (struct interval){start, end});
+	pthread_rwlock_unlock(&session->lock);
+}
+
+/* The unmap's event may be read after somebody's REMAP onto the same addresses: it is known before it can come, and
+ * until the reply is here. Then it was read, and taking the lock makes sure that it was applied. */
+static int unmap_and_wait(struct sn_session *session, struct snapd_run run)
+{
+	struct snapd_wire message = {.kind = SNAPD_UNMAP, .nruns = 1, .runs = {run}};
+	int ret;
+
+	set_dropping(session, run.start, run.start + run.length);
+	ret = send_and_wait(session, &message);
+	if (ret != MOVER_LATE)
+		set_dropping(session, 0, 0);
+	return ret;
+}
+
 /* A command that was given up on is carried out some time all the same: until its reply is here there is no next one.
  * Nobody knows of a staging that came too late. */
 static int settle_debt(struct sn_session *session)
@@ -147,11 +168,9 @@ static int settle_debt(struct sn_session *session)
 	if (error)
 		return error == -EAGAIN ? MOVER_SILENT : error;
 	session->mover_owes = false;
-	if (late.kind == SNAPD_STAGE && !late.status) {
-		struct snapd_wire unmap = {.kind = SNAPD_UNMAP, .nruns = 1, .runs = {{late.value, late.length}}};
-
-		error = send_and_wait(session, &unmap);
-	}
+	set_dropping(session, 0, 0);
+	if (late.kind == SNAPD_STAGE && !late.status)
+		error = unmap_and_wait(session, (struct snapd_run){late.value, late.length});
 	return error;
 }
 
@@ -173,23 +192,11 @@ int mover_call(struct sn_session *session, struct snapd_wire *message)
 	return error ? error : send_and_wait(session, message);
 }
 
-/* The unmap's event may be read after somebody's REMAP onto the same addresses: it is owed before it can come. */
-int mover_unmap(struct sn_session *session, const struct snapd_run *runs, unsigned int nruns)
+int mover_unmap(struct sn_session *session, struct snapd_run run)
 {
-	struct snapd_wire message = {.kind = SNAPD_UNMAP, .nruns = nruns};
 	int error = mover_ready(session);
-	struct table *table;
 
-	if (error)
-		return error;
-	memcpy(message.runs, runs, nruns * sizeof(runs[0]));
-	pthread_rwlock_wrlock(&session->lock);
-	table = pm_edit(&session->pm);
-	for (unsigned int i = 0; i < nruns; i++)
-		pm_add_debt(table, runs[i].start, runs[i].start + runs[i].length);
-	pm_commit(&session->pm, pm_applied(&session->pm));
-	pthread_rwlock_unlock(&session->lock);
-	return send_and_wait(session, &message);
+	return error ? error : unmap_and_wait(session, run);
 }
 
 int sn_agent_call(struct sn_session *session, void *message)

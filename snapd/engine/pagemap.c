@@ -1,7 +1,8 @@
-/* The page map file: entries, the range table in two copies, debts of UNMAPs to come.
+/* The page map file: entries, the range table and the event ring, two of each, debts of UNMAPs to come.
  *
  * Owns the layout's consistency: a change is made in the copy that is not current, and one store of the header's
- * control word makes it current together with the count of applied events. Knows nothing of threads or targets.
+ * generation makes it current together with the other ring, in which is what is not applied. Knows nothing of
+ * threads or targets.
  */
 #include "internal.h"
 
@@ -13,7 +14,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-_Static_assert(PM_RING_OFFSET + RING_SLOTS * sizeof(struct snapd_uffd_msg) <= PM_TABLE_OFFSET, "the ring has room");
+_Static_assert(PM_RING_OFFSET + 2 * RING_SLOTS * sizeof(struct snapd_uffd_msg) <= PM_TABLE_OFFSET, "room for rings");
 _Static_assert(sizeof(struct page_map_header) <= PM_RING_OFFSET, "the header has a page");
 
 static const char MAGIC[8] = "HSNAPPM1";
@@ -43,7 +44,6 @@ int pm_open(struct page_map *pm, int fd)
 	pm->fd = fd;
 	pm->base = base;
 	pm->header = base;
-	pm->ring = (void *)(pm->base + PM_RING_OFFSET);
 	pm->entries = (void *)(pm->base + PM_ENTRIES_OFFSET);
 	if (!pm->header->version) {
 		memcpy(pm->header->magic, MAGIC, sizeof(MAGIC));
@@ -72,37 +72,39 @@ static struct table *table_at(struct page_map *pm, uint64_t generation)
 
 struct table *pm_table(struct page_map *pm)
 {
-	return table_at(pm, atomic_load(&pm->header->control) >> 32);
+	return table_at(pm, atomic_load(&pm->header->generation));
 }
 
-unsigned int pm_applied(struct page_map *pm)
+static struct snapd_uffd_msg *ring_at(struct page_map *pm, uint64_t generation)
 {
-	return (unsigned int)atomic_load(&pm->header->control);
+	return (struct snapd_uffd_msg *)(void *)(pm->base + PM_RING_OFFSET) + (generation & 1) * RING_SLOTS;
+}
+
+struct snapd_uffd_msg *pm_ring(struct page_map *pm)
+{
+	return ring_at(pm, atomic_load(&pm->header->generation));
+}
+
+struct snapd_uffd_msg *pm_other_ring(struct page_map *pm)
+{
+	return ring_at(pm, atomic_load(&pm->header->generation) + 1);
 }
 
 struct table *pm_edit(struct page_map *pm)
 {
-	struct table *from = pm_table(pm), *to = table_at(pm, (atomic_load(&pm->header->control) >> 32) + 1);
+	struct table *from = pm_table(pm), *to = table_at(pm, atomic_load(&pm->header->generation) + 1);
 
 	to->nrecords = from->nrecords;
 	to->ndebts = from->ndebts;
+	to->dropping = from->dropping;
 	memcpy(to->debts, from->debts, from->ndebts * sizeof(from->debts[0]));
 	memcpy(to->records, from->records, from->nrecords * sizeof(from->records[0]));
 	return to;
 }
 
-void pm_commit(struct page_map *pm, unsigned int applied)
+void pm_commit(struct page_map *pm)
 {
-	uint64_t control = atomic_load(&pm->header->control);
-
-	atomic_store(&pm->header->control, ((control >> 32) + 1) << 32 | applied);
-}
-
-void pm_set_applied(struct page_map *pm, unsigned int applied)
-{
-	uint64_t control = atomic_load(&pm->header->control);
-
-	atomic_store(&pm->header->control, (control & ~0xffffffffULL) | applied);
+	atomic_fetch_add(&pm->header->generation, 1);
 }
 
 static uint64_t record_end(const struct record *record)
@@ -248,61 +250,23 @@ void pm_add_debt(struct table *table, uint64_t start, uint64_t end)
 		memmove(table->debts, table->debts + 1, (MAX_DEBTS - 1) * sizeof(table->debts[0]));
 		table->ndebts--;
 	}
-	table->debts[table->ndebts++] = (struct debt){start, end};
+	table->debts[table->ndebts++] = (struct interval){start, end};
 }
 
-/* Takes [start, end) out of the list; a middle cut splits one in two while there is room. Returns whether it met
- * any. */
-static bool take(struct debt *list, int *n, int capacity, uint64_t start, uint64_t end)
+void pm_set_dropping(struct page_map *pm, struct interval dropping)
 {
-	bool met = false;
-
-	for (int k = 0; k < *n; k++) {
-		struct debt one = list[k];
-
-		if (one.start >= one.end || end <= one.start || one.end <= start)
-			continue;
-		met = true;
-		list[k].end = max_u64(one.start, start);
-		if (one.end > end && *n < capacity) {
-			list[*n] = (struct debt){end, one.end};
-			++*n;
-		}
-	}
-	return met;
+	pm_edit(pm)->dropping = dropping;
+	pm_commit(pm);
 }
 
-/* Each debt pays for what it covers of the rest once, and what it does not pay for stays owed. */
-int pm_settle(struct table *table, uint64_t start, uint64_t end, struct debt *rest, int capacity)
+bool pm_settle(struct table *table, uint64_t start, uint64_t end)
 {
-	uint64_t ndebts = table->ndebts;
-	int nrest = 1;
-
-	rest[0] = (struct debt){start, end};
-	for (uint64_t i = 0; i < ndebts; i++) {
-		struct debt left[16] = {table->debts[i]};
-		int nleft = 1, nbefore = nrest;
-
-		for (int k = 0; k < nbefore; k++) {
-			struct debt piece = rest[k];
-
-			if (piece.start < piece.end)
-				take(left, &nleft, 16, piece.start, piece.end);
-		}
-		if (!take(rest, &nrest, capacity, table->debts[i].start, table->debts[i].end))
-			continue;
-		table->debts[i] = left[0];
-		for (int k = 1; k < nleft; k++)
-			if (left[k].start < left[k].end)
-				pm_add_debt(table, left[k].start, left[k].end);
-	}
-	for (uint64_t i = 0; i < table->ndebts;) {
-		if (table->debts[i].start < table->debts[i].end)
-			i++;
-		else
+	for (uint64_t i = 0; i < table->ndebts; i++)
+		if (table->debts[i].start == start && table->debts[i].end == end) {
 			table->debts[i] = table->debts[--table->ndebts];
-	}
-	return nrest;
+			return true;
+		}
+	return false;
 }
 
 int pm_blank(struct table *table, uint64_t start, uint64_t end)

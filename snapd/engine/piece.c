@@ -152,7 +152,7 @@ static int leave_staging(struct sn_piece *piece)
 			if (table->records[i].aside >= piece->staging && table->records[i].aside < end)
 				table->records[i].aside = 0;
 		pm_join(table);
-		pm_commit(&session->pm, pm_applied(&session->pm));
+		pm_commit(&session->pm);
 		piece_set_phase(piece, PHASE_DROP);
 	}
 	pthread_rwlock_unlock(&session->lock);
@@ -187,7 +187,7 @@ int sn_piece_drop(struct sn_piece *piece, uint64_t slice, unsigned int breath_us
 			 * for it. */
 			pthread_mutex_lock(&session->mover);
 			mover_pause(session);
-			error = mover_unmap(session, &run, 1);
+			error = mover_unmap(session, run);
 			mover_continue(session);
 			pthread_mutex_unlock(&session->mover);
 			if (!error || error == MOVER_LATE)

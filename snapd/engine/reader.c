@@ -13,9 +13,8 @@
 #define MAX_PENDING 1024
 #define RETRY_NS 30000ULL
 #define RETRY_MEMORY_NS 10000000ULL
-#define READ_SLOTS 32
-#define WHOLE_NS 20000000ULL
-#define WHOLE_PAUSE_US 20 /* the thread that is in the call may need this very CPU */
+#define WAIT_NS 5000000000ULL
+#define PAUSE_US 20 /* the thread that is in the call may need this very CPU */
 #define PROBE_NS 500000000ULL
 #define COPY_PAGES 64
 
@@ -39,54 +38,74 @@ static void add_pending(struct sn_session *session, struct pending *pending, con
 		uffd_wake(session->uffd, fault.address, PAGE);
 }
 
-/* Reads all that there is into the ring, faults apart: what a dying daemon had read its successor finds there. Goes on
- * until no call is in flight, for only then is the batch whole; nothing could be filled before anyway. */
-static unsigned int collect(struct sn_session *session, struct pending *pending)
+/* Reads once. Faults apart, it goes into the ring: what a dying daemon had read its successor finds there. A thread
+ * has one event in the queue at most, so one read never shows two calls of the same thread. */
+static unsigned int read_events(struct sn_session *session, struct events *events, struct pending *pending)
 {
-	struct page_map *pm = &session->pm;
-	uint64_t deadline = now_ns() + WHOLE_NS;
-	unsigned int n = 0;
+	struct snapd_uffd_msg *ring = pm_ring(&session->pm), *slots = &ring[events->n];
+	unsigned int got;
+	ssize_t bytes;
 
-	for (;;) {
-		ssize_t bytes = read(session->uffd, &pm->ring[n], READ_SLOTS * sizeof(pm->ring[0]));
-		unsigned int got = bytes > 0 ? (unsigned int)((size_t)bytes / sizeof(pm->ring[0])) : 0;
-
-		if (bytes < 0 && errno == EINTR)
-			continue;
-		if (bytes < 0 && errno != EAGAIN) {
-			/* EMFILE and the like: a FORK event stays queued until there is room for its fd. */
-			notify(&(struct sn_notice){.kind = SN_NOTICE_TROUBLE, .session = session->id, .cause = errno});
-			usleep(10000);
-			break;
-		}
-		for (unsigned int i = n, end = n + got; i < end; i++) {
-			if (pm->ring[i].event == SNAPD_UFFD_EVENT_PAGEFAULT)
-				add_pending(session, pending, &pm->ring[i]);
-			else
-				pm->ring[n++] = pm->ring[i];
-		}
-		if (got)
-			continue;
-		if (!n || session->in_stop || n + READ_SLOTS > RING_SLOTS || !uffd_changing(session->uffd) ||
-			now_ns() > deadline)
-			break;
-		usleep(WHOLE_PAUSE_US);
+	do {
+		bytes = read(session->uffd, slots, READ_SLOTS * sizeof(*slots));
+	} while (bytes < 0 && errno == EINTR);
+	if (bytes < 0 && errno != EAGAIN) {
+		/* EMFILE and the like: a FORK event stays queued until there is room for its fd. */
+		notify(&(struct sn_notice){.kind = SN_NOTICE_TROUBLE, .session = session->id, .cause = errno});
+		usleep(10000);
 	}
-	return n;
+	got = bytes > 0 ? (unsigned int)((size_t)bytes / sizeof(*slots)) : 0;
+	for (unsigned int i = 0; i < got; i++) {
+		if (slots[i].event == SNAPD_UFFD_EVENT_PAGEFAULT) {
+			add_pending(session, pending, &slots[i]);
+		} else {
+			ring[events->n] = slots[i];
+			events_take(events);
+		}
+	}
+	return got;
 }
 
-/* Faults are handed out before older events, so none is filled before the events are applied. */
+static bool made_room(struct events *events)
+{
+	if (events->n + READ_SLOTS <= RING_SLOTS)
+		return true;
+	if (!events->nwaiting)
+		return false;
+	while (events->nwaiting + READ_SLOTS > RING_SLOTS)
+		events_force(events);
+	events_compact(events);
+	return true;
+}
+
+/* Somebody's memory is where another's is, by what was read so far. */
+static void wait_for_earlier(struct sn_session *session, struct events *events, bool any, uint64_t deadline)
+{
+	struct interval need = events_need(events);
+
+	if (!callers_await(atomic_load(&session->pid), need, (void *)session->moving) || now_ns() > deadline ||
+	    (!any && !uffd_changing(session->uffd)))
+		events_force(events);
+	else if (!any)
+		usleep(PAUSE_US);
+}
+
+/* Reads and applies all that there is. Faults are handed out before older events, so none is filled before the events
+ * are applied; nor while an event waits for one that happened before it and is not read yet. */
 static void drain(struct sn_session *session, struct pending *pending)
 {
-	unsigned int n;
+	uint64_t deadline = now_ns() + WAIT_NS;
+	struct events events;
+	unsigned int got;
 
 	pthread_rwlock_wrlock(&session->lock);
-	n = collect(session, pending);
-	if (n) {
-		events_apply(session, n);
-		memset(session->pm.ring, 0, (n + READ_SLOTS) * sizeof(session->pm.ring[0]));
-		pm_set_applied(&session->pm, 0);
-	}
+	events_begin(&events, session);
+	do {
+		got = read_events(session, &events, pending);
+		if (events.nwaiting)
+			wait_for_earlier(session, &events, got, deadline);
+	} while ((got || events.nwaiting) && made_room(&events));
+	events_end(&events, !uffd_changing(session->uffd));
 	pthread_rwlock_unlock(&session->lock);
 }
 
@@ -94,8 +113,8 @@ static void drain(struct sn_session *session, struct pending *pending)
 static void learn(struct sn_session *session, uint64_t address)
 {
 	pthread_rwlock_wrlock(&session->lock);
-	events_cover(session, pm_edit(&session->pm), address, false);
-	pm_commit(&session->pm, pm_applied(&session->pm));
+	events_cover(session, pm_edit(&session->pm), address);
+	pm_commit(&session->pm);
 	pthread_rwlock_unlock(&session->lock);
 }
 
@@ -209,7 +228,7 @@ static void copy_aside(struct sn_session *session, struct pending *pending)
 	table = pm_edit(&session->pm);
 	for (uint64_t i = 0; i < table->nrecords; i++)
 		table->records[i].aside = 0;
-	pm_commit(&session->pm, pm_applied(&session->pm));
+	pm_commit(&session->pm);
 	session->source = NULL;
 	pthread_rwlock_unlock(&session->lock);
 	atomic_fetch_sub(&source->fork_copies, 1);

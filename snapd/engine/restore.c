@@ -127,7 +127,7 @@ int sn_release(struct sn_session *session, uint64_t start, uint64_t end)
 			for (uint64_t k = 0; session->scratch[i].first != NO_ENTRIES &&
 				k < session->scratch[i].npages; k++)
 				entry_put(session, session->scratch[i].first + k, ST_NONE);
-		pm_commit(&session->pm, pm_applied(&session->pm));
+		pm_commit(&session->pm);
 	}
 	pthread_rwlock_unlock(&session->lock);
 	return error;

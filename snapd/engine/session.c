@@ -230,10 +230,10 @@ void session_gone(struct sn_session *session)
 
 /* For the reader inside a FORK event, with the lock held: the parent runs on only after this. The child gets the
  * table and entries as they are at the fork, and refers to the same frames. */
-int session_fork(struct sn_session *session, int uffd)
+int session_fork(struct sn_session *session, const struct table *from, int uffd)
 {
 	struct sn_target target = {.pid = 0, .uffd = uffd, .agent_sock = -1, .sentinel = session->sentinel};
-	struct table *from = pm_table(&session->pm), *to;
+	struct table *to;
 	/* A child that forks before it has its copies: they still are where its own were. */
 	struct sn_session *source = session->source ? session->source : session;
 	struct sn_session *child;
@@ -263,7 +263,7 @@ int session_fork(struct sn_session *session, int uffd)
 			store_hold_entry(session->store, child->pm.entries[record->first + k]);
 	}
 	child->pm.header->nentries = child->pm.alloc_next = session->pm.alloc_next;
-	pm_commit(&child->pm, 0);
+	pm_commit(&child->pm);
 	if (aside)
 		atomic_fetch_add(&source->fork_copies, 1);
 	else

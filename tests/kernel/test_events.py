@@ -254,8 +254,6 @@ def test_program_that_changed_its_user_gets_everything_back_and_is_refused(daemo
     everything_right(steps)
 
 
-# Not in the short suite: with four threads it still finds a page lost now and then.
-@pytest.mark.torture
 @pytest.mark.parametrize("threads", [2, 4])
 def test_threads_that_move_into_each_others_holes_keep_their_bytes(
     daemon: Daemon, spawn: Spawner, threads: int
