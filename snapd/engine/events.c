@@ -2,8 +2,9 @@
  *
  * Called by the reader with the session's lock held exclusively from before the first read until events_end. Each
  * thread queues its event after it has let go of the mmap lock, so one may be read before one that happened earlier.
- * It shows where memory moves to a place that is not vacant: then everything waits for the one that vacates it. Owns that
- * order; knows no fills. */
+ * It shows where memory moves to a place that is not vacant: then everything waits for the one that vacates it. Owns
+ * that order; knows no fills.
+ */
 #include "internal.h"
 
 #include <errno.h>
