@@ -163,6 +163,16 @@ def test_restore_and_prefetch_leave_new_guards_alone(steps: Target, daemon: Daem
     assert steps.ask("look")["guards"] == 100
 
 
+def test_bulk_copies_leave_guards_alone_that_nobody_heard_of(steps: Target, daemon: Daemon) -> None:
+    if steps.ask("fence", 300, 1).get("unsupported"):  # and a look, which starts prefetch between them
+        pytest.skip("the kernel has no MADV_GUARD_INSTALL")
+    assert steps.ask("look")["guards"] == 300
+    daemon.dump(steps.pid)
+    steps.ask("fence", 300, 2)
+    daemon.restore(steps.pid)
+    assert steps.ask("look")["guards"] == 600
+
+
 def test_protection_stays_and_read_only_pages_are_served(steps: Target, daemon: Daemon) -> None:
     assert steps.ask("protect", 1)["right"] == HEAP_PAGES
     daemon.dump(steps.pid)

@@ -74,6 +74,15 @@ def test_sixteen_threads_on_one_page_get_it_once_and_right(daemon: Daemon, spawn
     same_page.quit()
 
 
+def test_discarded_page_that_others_are_reading_stays_discarded(daemon: Daemon, spawn: Spawner) -> None:
+    same_page = spawn("same_page", "--mib", 16, "--threads", 6)
+    for seed in range(6):
+        dumped(daemon, same_page)
+        same_page.ask("discard", 3000, seed)
+    same_page.ask("sum")
+    same_page.quit()
+
+
 def test_huge_pages_go_out_and_come_back(daemon: Daemon, spawn: Spawner) -> None:
     hold = spawn("hold", "--mib", 64, "--thp")
     for seed in range(3):

@@ -25,6 +25,16 @@ def test_threads_on_stacks_in_a_dumped_heap_end_and_are_joined(joins: Target, da
     joins.quit()
 
 
+def test_thread_whose_memory_the_kernel_is_the_first_to_want_ends_and_is_joined(daemon: Daemon, spawn: Spawner) -> None:
+    joins = spawn("joins", "--mib", 16)
+    for _ in range(3):
+        joins.ask("leave")
+        assert daemon.dump(joins.pid).moved_bytes > 0
+        assert joins.ask("left")["joined"]
+    joins.ask("sum")
+    joins.quit()
+
+
 def test_signals_reach_handlers_on_signal_stacks_that_are_out(joins: Target, daemon: Daemon) -> None:
     for _ in range(3):
         assert joins.ask("signal", timeout_s=20)["handled"] == 16

@@ -9,6 +9,8 @@
  *   join             ends the threads and joins them; each verifies its TLS and stack once more
  *   dead             a thread takes a robust mutex in the heap and ends without giving it back, when told to by:
  *   bury             joins that thread; the mutex must be had with EOWNERDEAD; "owner_dead" says so
+ *   leave            starts a thread that waits and then ends without a touch of its own memory, when told to by:
+ *   left             tells it, and joins it within 10 s; "joined" says so
  *   cycle N          N times: a thread is started, which verifies that its TLS is as new, and joined
  *   sum              verifies every page of the heap
  *   quit             as does the end of input */
@@ -18,6 +20,7 @@
 #include <pthread.h>
 #include <semaphore.h>
 #include <stdatomic.h>
+#include <sys/syscall.h>
 
 #define STACK_BYTES (512 * 1024)
 #define DEEP_WORDS (256 * 1024 / sizeof(uint64_t))
@@ -171,6 +174,51 @@ static void do_bury(void)
     reply("\"owner_dead\":%s,\"error\":%d", error == EOWNERDEAD ? "true" : "false", error);
 }
 
+static int *leave_pipe; /* and, behind it, where the thread reads to: shared memory, which nobody takes away */
+
+/* The C library's own way out touches the thread's memory, which brings it back in time. Here the kernel is the first
+ * to want it, when it clears the tid word: at a time when it cannot fault. */
+static void *leave_at_once(void *argument)
+{
+    struct worker *worker = argument;
+    long number = SYS_read, fd = leave_pipe[0], to = (long)(leave_pipe + 2), size = 1;
+    sem_post(&worker->slept);
+    __asm__ volatile("syscall\n\tmov %[end], %%eax\n\txor %%edi, %%edi\n\tsyscall"
+                     : "+a"(number)
+                     : "D"(fd), "S"(to), "d"(size), [end] "i"(SYS_exit)
+                     : "rcx", "r11", "memory");
+    return NULL;
+}
+
+static void do_leave(void)
+{
+    if (!leave_pipe)
+        leave_pipe = shared_alloc(PAGE);
+    if (pipe(leave_pipe) == -1)
+        fail_errno("pipe");
+    pthread_attr_t attributes;
+    pthread_attr_init(&attributes);
+    struct worker *worker = dead_owner;
+    sem_init(&worker->slept, 0, 0);
+    if (pthread_attr_setstack(&attributes, room + (MAX_THREADS - 1) * STACK_BYTES, STACK_BYTES) != 0 ||
+        pthread_create(&worker->thread, &attributes, leave_at_once, worker) != 0)
+        fail("FAILED to start a thread on a stack in the heap");
+    pthread_attr_destroy(&attributes);
+    wait_for(&worker->slept);
+    reply("\"waits\":true");
+}
+
+static void do_left(void)
+{
+    struct timespec until;
+    if (write(leave_pipe[1], "x", 1) != 1)
+        fail_errno("write");
+    clock_gettime(CLOCK_REALTIME, &until);
+    until.tv_sec += 10;
+    int error = pthread_timedjoin_np(dead_owner->thread, NULL, &until);
+    reply("\"joined\":%s", error == 0 ? "true" : "false");
+}
+
 static void do_cycle(uint64_t count)
 {
     struct worker *worker = &workers[nthreads];
@@ -238,6 +286,10 @@ int main(int argc, char **argv)
             do_dead();
         } else if (strcmp(name, "bury") == 0) {
             do_bury();
+        } else if (strcmp(name, "leave") == 0) {
+            do_leave();
+        } else if (strcmp(name, "left") == 0) {
+            do_left();
         } else if (strcmp(name, "cycle") == 0) {
             do_cycle(command.argument[0]);
         } else if (strcmp(name, "sum") == 0) {

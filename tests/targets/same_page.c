@@ -5,6 +5,7 @@
  *
  *   read N SEED     N rounds: all threads meet at a barrier, then read the same random page and verify all of it
  *   write N SEED    N rounds: all threads write a slot of their own in the same random page; its bytes are verified
+ *   discard N SEED  N rounds: one thread discards a random page while all others read it; then it must be zeros
  *   sum             verifies every page; "sum" is a checksum of all bytes in hex
  *   quit            as does the end of input */
 #include "content.h"
@@ -12,6 +13,7 @@
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
+#include <sys/mman.h>
 
 #define MAX_THREADS 64
 
@@ -20,8 +22,11 @@ static unsigned nthreads = 16;
 static pthread_barrier_t barrier;
 static atomic_uint arrived; /* threads that spin right before the access: a futex would wake them one by one */
 
+enum kind { READ, WRITE, DISCARD };
+
 static struct {
-    bool write, quit;
+    enum kind kind;
+    bool quit;
     uint64_t rounds, seed;
 } job;
 
@@ -57,26 +62,46 @@ static void verify_slots(const uint64_t *words, struct identity identity, uint64
                  (const void *)(words + w), expected[w], words[w]);
 }
 
+/* Whoever answers a reader's fault late must not bring back what was discarded meanwhile. */
+static void verify_discarded(size_t page)
+{
+    const uint64_t *words = (const uint64_t *)(heap.at + page * PAGE);
+    for (size_t w = 0; w < PAGE_WORDS; w++)
+        if (words[w])
+            fail("MISMATCH after a discard among readers, address %p: expected zeros found %016lx",
+                 (const void *)(words + w), words[w]);
+}
+
+static void access_page(unsigned thread, uint64_t round, size_t page)
+{
+    volatile uint64_t *words = (volatile uint64_t *)(heap.at + page * PAGE);
+    if (job.kind == WRITE)
+        words[slot_word(thread)] = slot_value(round, thread);
+    else if (job.kind == READ || thread)
+        (void)words[slot_word(thread)];
+    else if (madvise(heap.at + page * PAGE, PAGE, MADV_DONTNEED) == -1)
+        fail_errno("MADV_DONTNEED");
+}
+
 static void run_job(unsigned thread)
 {
     struct rng rng = {mix64(job.seed)};
     for (uint64_t round = 0; round < job.rounds; round++) {
         size_t page = rng_below(&rng, heap.npages);
-        volatile uint64_t *words = (volatile uint64_t *)(heap.at + page * PAGE);
         meet();
         uint64_t start_ns = now_ns();
-        if (job.write)
-            words[slot_word(thread)] = slot_value(round, thread);
-        else
-            (void)words[slot_word(thread)];
+        access_page(thread, round, page);
         uint64_t took_ns = now_ns() - start_ns;
         if (took_ns > atomic_load(&slowest_ns))
             atomic_store(&slowest_ns, took_ns);
-        if (job.write) {
+        if (job.kind != READ) {
             /* Nobody writes the page while the first thread verifies it and makes it whole again. */
             pthread_barrier_wait(&barrier);
             if (thread == 0) {
-                verify_slots((const uint64_t *)(uintptr_t)words, heap.identity[page], round);
+                if (job.kind == WRITE)
+                    verify_slots((const uint64_t *)(heap.at + page * PAGE), heap.identity[page], round);
+                else
+                    verify_discarded(page);
                 heap_renew_page(&heap, page);
             }
             pthread_barrier_wait(&barrier);
@@ -98,9 +123,9 @@ static void *work(void *argument)
     }
 }
 
-static void start_job(bool write, uint64_t rounds, uint64_t seed)
+static void start_job(enum kind kind, uint64_t rounds, uint64_t seed)
 {
-    job.write = write;
+    job.kind = kind;
     job.rounds = rounds;
     job.seed = seed;
     atomic_store(&slowest_ns, 0);
@@ -135,9 +160,11 @@ int main(int argc, char **argv)
     struct command command;
     while (read_command(&command) && strcmp(command.name, "quit") != 0) {
         if (strcmp(command.name, "read") == 0)
-            start_job(false, command.argument[0], command.argument[1]);
+            start_job(READ, command.argument[0], command.argument[1]);
         else if (strcmp(command.name, "write") == 0)
-            start_job(true, command.argument[0], command.argument[1]);
+            start_job(WRITE, command.argument[0], command.argument[1]);
+        else if (strcmp(command.name, "discard") == 0)
+            start_job(DISCARD, command.argument[0], command.argument[1]);
         else if (strcmp(command.name, "sum") == 0)
             reply("\"sum\":\"%016lx\"", heap_sum(&heap));
         else

@@ -11,7 +11,8 @@
  *   move             mremap of the whole heap to another place; keep: the same with MREMAP_DONTUNMAP, and the old place
  *                    must be zeros; grow MIB, shrink MIB: mremap in place where that is possible
  *   hole FIRST N     munmap of pages, then a fresh mapping in the hole; over FIRST N: MAP_FIXED over them
- *   guard N SEED     discards N random pages and installs guards there; unguard removes all, fresh pages come back
+ *   guard N SEED     discards N random pages and installs guards there; unguard removes all, fresh pages come back;
+ *                    fence N SEED: guards straight over N random pages, of which nothing is heard
  *   protect ON       makes the lower half PROT_READ, and verifies that a write there raises SIGSEGV; or undoes it
  *   brk MIB          verified memory at the program break; rebrk gives it back and takes it again, as zeros
  *   grandchild       verifies in a child and in its child; rawfork: in a child made without libc's fork handlers,
@@ -232,11 +233,12 @@ static void do_replace(bool unmap, size_t first, size_t npages)
     reply_look("mmap over a part");
 }
 
-static void do_guard(uint64_t count, struct rng *rng)
+static void do_guard(uint64_t count, struct rng *rng, bool discard)
 {
     for (uint64_t i = 0; i < count; i++) {
         size_t page = random_page(rng);
-        if (madvise(page_at(page), PAGE, MADV_DONTNEED) == -1 || madvise(page_at(page), PAGE, GUARD_INSTALL) == -1) {
+        if ((discard && madvise(page_at(page), PAGE, MADV_DONTNEED) == -1) ||
+            madvise(page_at(page), PAGE, GUARD_INSTALL) == -1) {
             reply("\"unsupported\":true");
             return;
         }
@@ -452,8 +454,8 @@ static void run_command(const struct command *command)
         do_resize(heap.npages - first * MIB / PAGE);
     else if (strcmp(name, "hole") == 0 || strcmp(name, "over") == 0)
         do_replace(*name == 'h', first, second);
-    else if (strcmp(name, "guard") == 0)
-        do_guard(first, &rng);
+    else if (strcmp(name, "guard") == 0 || strcmp(name, "fence") == 0)
+        do_guard(first, &rng, strcmp(name, "guard") == 0);
     else if (strcmp(name, "unguard") == 0)
         do_unguard();
     else if (strcmp(name, "protect") == 0)

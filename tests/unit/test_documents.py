@@ -451,6 +451,18 @@ def test_functions_that_a_table_names_are_in_their_files() -> None:
             assert re.search(rf"^[\w ]+[ *]{function}\(", text, flags=re.MULTILINE), function
 
 
+def test_tests_that_the_table_of_kernel_facts_names_are_there() -> None:
+    (table,) = tables(section(DESIGN, "Kernel facts"))
+    there = {
+        name
+        for file in (ROOT / "tests").glob("*/test_*.py")
+        for name in re.findall(r"def (test_\w+)", file.read_text())
+    }
+    for row in table[1:]:
+        assert codes(row[2])
+        assert set(codes(row[2])) <= there
+
+
 def test_places_of_the_page_map_are_those_of_the_code() -> None:
     header = (ROOT / "snapd/engine/internal.h").read_text(encoding="utf-8")
     (table,) = tables(section(DESIGN, "The page map"))
