@@ -1,5 +1,5 @@
-/* A process with a heap that does what signals tell it, as do its children and theirs: each lives on by itself, verifies
- * its own heap and answers with a JSON line on the output that they share.
+/* A process with a heap that does what signals tell it, as do its children and theirs: each lives on by itself,
+ * verifies its own heap and answers with a JSON line on the output that they share.
  *
  *   family [--mib 16] [--seed 1]
  *
