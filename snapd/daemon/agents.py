@@ -124,6 +124,9 @@ async def make_session(sock: AgentSocket, hello: Message, peer: Peer, state_dir:
         try:
             engine.uffd_register(uffd, sentinel, PAGE)
         except OSError as error:
+            # UFFDIO_REGISTER says ENOMEM of memory that an exec in the middle of the handshake has replaced.
+            if not all(procfs.thread_of(peer.pid, tid) for tid in (hello.length, hello.dest)):
+                raise TargetGone(peer.pid) from error
             raise ProtocolError(f"pid {peer.pid} names a sentinel that can't be watched") from error
         writer = StoreWriter(state_dir)
         store_id, tail = writer.header.store_id, writer.end

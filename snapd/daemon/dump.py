@@ -177,15 +177,7 @@ class Dump:
         raise SharedMemory(self._pid, other)
 
     def _choose(self) -> list[Range]:
-        for _ in range(RETRIES):
-            outcome, threads, stop_ns = self._native.survey()
-            if outcome is Outcome.MOVED:
-                self._stops.append(stop_ns)
-                break
-            self._fail_on(outcome, 0)
-            time.sleep(RETRY_DELAY_S)
-        else:
-            raise TargetStopped(self._pid) if self._all_asleep() else NotStopping(self._pid)
+        survey = self._survey()
         maps = procfs.maps_lines(self._pid) if self._keep else ()
         mappings = procfs.smaps(self._pid)
         if not mappings:
@@ -197,9 +189,9 @@ class Dump:
             self._looked = Looked(tuple(mappings), (), (), self._session.own, maps)
             self._left += [(Range(one.start, one.end), "map_count") for one in mappings]
             return []
-        places = [(one.stack, one.tls) for one in threads]
-        plan = policy.plan(mappings, places, self._session.own)
-        stacks = tuple(policy.thread_ranges(places))
+        places = [(one.stack, one.tls) for one in survey.threads]
+        plan = policy.plan(mappings, places, self._session.own, survey.kept)
+        stacks = tuple(policy.thread_ranges(places, survey.kept))
         self._looked = Looked(tuple(mappings), plan.intervals, stacks, self._session.own, maps)
         self._skipped.update(plan.skipped)
         self._total_bytes = plan.total_bytes
@@ -210,6 +202,21 @@ class Dump:
             self._left += [(one, "not_chosen") for one in subtract_all(plan.intervals, chosen)]
             return chosen
         return list(plan.intervals)
+
+    def _survey(self) -> engine.Survey:
+        cause = 0
+        for _ in range(RETRIES):
+            survey = self._native.survey()
+            if survey.outcome is Outcome.MOVED:
+                self._stops.append(survey.stop_ns)
+                return survey
+            self._fail_on(survey.outcome, survey.cause)
+            cause = survey.cause
+            time.sleep(RETRY_DELAY_S)
+        if self._all_asleep():
+            raise TargetStopped(self._pid)
+        log.info("pid %d: its threads do not stop: %s", self._pid, os.strerror(-cause))
+        raise NotStopping(self._pid)
 
     def _all_asleep(self) -> bool:
         return procfs.status(self._pid).get("State", "?")[0] in "DT"

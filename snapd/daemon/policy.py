@@ -79,13 +79,13 @@ def _is_anonymous(name: str) -> bool:
     return not name or name.startswith(("[heap]", "[anon:"))
 
 
-def thread_ranges(threads: Iterable[tuple[int, int]]) -> list[Range]:
-    """Return what of each thread's (stack pointer, TLS address) must stay.
+def thread_ranges(threads: Iterable[tuple[int, int]], pages: Iterable[int] = ()) -> list[Range]:
+    """Return what of each thread's (stack pointer, TLS address) must stay, and `pages`, which the stop has found.
 
     At a thread's exit the kernel writes its tid word and walks its robust list in the TLS block, when the thread can
     no longer fault; a stack is in use all the time.
     """
-    ranges = []
+    ranges = [Range(page, page + PAGE) for page in pages]
     for stack, tls in threads:
         low = align_down(max(stack - STACK_BELOW_BYTES, 0))
         if 0 < tls - stack < STACK_MAX_BYTES:
@@ -96,12 +96,14 @@ def thread_ranges(threads: Iterable[tuple[int, int]]) -> list[Range]:
     return ranges
 
 
-def plan(mappings: Sequence[Mapping], threads: Iterable[tuple[int, int]], own: Iterable[Range]) -> Plan:
-    """Decide what to move; `own` are the agent's ranges.
+def plan(
+    mappings: Sequence[Mapping], threads: Iterable[tuple[int, int]], own: Iterable[Range], must_stay: Iterable[int] = ()
+) -> Plan:
+    """Decide what to move; `own` are the agent's ranges, `must_stay` pages that are left where they are.
 
     A carved interval counts as skipped by its size, which may be more than it holds.
     """
-    stacks = thread_ranges(threads)
+    stay = thread_ranges(threads, must_stay)
     own = list(own)
     skipped: Counter[str] = Counter()
     intervals: list[Range] = []
@@ -116,7 +118,7 @@ def plan(mappings: Sequence[Mapping], threads: Iterable[tuple[int, int]], own: I
         if reason := reason_to_stay(mapping):
             skipped[reason] += mapping.memory_bytes
             continue
-        left = subtract_all([whole], merge([*stacks, *own]))
+        left = subtract_all([whole], merge([*stay, *own]))
         kept = sum(one.length_bytes for one in left)
         skipped["stack"] += min(whole.length_bytes - kept, mapping.memory_bytes)
         intervals += [one for one in left if one.length_bytes >= MIN_MEMORY_BYTES]

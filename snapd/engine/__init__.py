@@ -180,6 +180,17 @@ class ThreadPlace:
     tls: int
 
 
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What one stop has shown; `kept`: pages that the kernel will look at when a thread ends."""
+
+    outcome: Outcome
+    cause: int
+    threads: tuple[ThreadPlace, ...]
+    kept: tuple[int, ...]
+    stop_ns: int
+
+
 _started: Any = None
 _start_lock = threading.Lock()
 
@@ -381,12 +392,12 @@ class Session:
         """Whether the target forked since the last call."""
         return bool(lib.sn_session_take_forked(self.handle))
 
-    def survey(self) -> tuple[Outcome, list[ThreadPlace], int]:
-        """Stop the target once and return where its threads' stacks and TLS are, and the stop's nanoseconds."""
-        capacity = 8192
-        raw, n, stop_ns = ffi.new("struct sn_thread[]", capacity), ffi.new("int *"), ffi.new("uint64_t *")
-        outcome = Outcome(lib.sn_survey(self.handle, raw, capacity, n, stop_ns))
-        return outcome, [ThreadPlace(raw[i].tid, raw[i].stack, raw[i].tls) for i in range(n[0])], int(stop_ns[0])
+    def survey(self) -> Survey:
+        """Stop the target once to see what must stay in memory."""
+        raw = ffi.new("struct sn_survey_report *")
+        lib.sn_survey(self.handle, raw)
+        threads = tuple(ThreadPlace(one.tid, one.stack, one.tls) for one in raw.threads[0 : raw.nthreads])
+        return Survey(Outcome(raw.outcome), raw.cause, threads, tuple(raw.kept[0 : raw.nkept]), raw.stop_ns)
 
     def call(self, message: bytes) -> bytes:
         """Send one command to the agent and return its reply; OSError carries the reply's status."""

@@ -105,12 +105,20 @@ int sn_uffd_register(int uffd, uint64_t start, uint64_t length);
 int sn_same_memory(int pid, int other); /* 1 when both processes share one address space */
 /* Whether the target forked since the last call: pages may be shared with a child until they are written. */
 int sn_session_take_forked(struct sn_session *session);
-/* Stops the target once to see where its threads' stacks and TLS are. Returns an sn_outcome; ret_n: threads seen. */
+/* Stops the target once to see what must stay: where its threads' stacks and TLS are, and pages that the kernel will
+ * look at when a thread ends. */
 struct sn_thread {
 	int tid;
 	uint64_t stack, tls;
 };
-int sn_survey(struct sn_session *session, struct sn_thread *ret, int capacity, int *ret_n, uint64_t *ret_stop_ns);
+struct sn_survey_report {
+	int outcome, cause; /* an sn_outcome, and a negative errno or 0 */
+	int nthreads, nkept;
+	uint64_t stop_ns;
+	struct sn_thread threads[8192];
+	uint64_t kept[8192];
+};
+void sn_survey(struct sn_session *session, struct sn_survey_report *ret);
 /* Next interval worth a piece in [start, end): at most max_pages pages that have memory, not wider than max_span;
  * ends at a gap wider than gap. ret[0], ret[1]: the interval; ret[2]: pages with memory. Returns 1, 0 at the end. */
 int sn_next_piece(int pagemap_fd, uint64_t start, uint64_t end, uint64_t max_pages, uint64_t max_span, uint64_t gap,

@@ -200,7 +200,10 @@ struct filler { /* one thread's means of filling */
 };
 
 struct stop;
-#define MAX_THREADS 8192
+struct robust;
+
+#define MAX_THREADS (int)(sizeof(((struct sn_survey_report *)0)->threads) / sizeof(struct sn_thread))
+#define MAX_KEPT (int)(sizeof(((struct sn_survey_report *)0)->kept) / sizeof(uint64_t))
 
 struct sn_session {
 	uint64_t id;
@@ -213,7 +216,8 @@ struct sn_session {
 	struct page_map pm;
 
 	pthread_mutex_t mover;
-	struct stop *stop; /* made when first used; for whoever holds mover */
+	struct stop *stop; /* made when first used, and robust too; for whoever holds mover */
+	struct robust *robust;
 	uint32_t mover_seq;
 	int status_fd;    /* the mover's /proc status, or -1 */
 	bool mover_owes;  /* a command was given up on: until its reply is here there is no next one */
@@ -342,13 +346,30 @@ void prefetch_note(struct prefetch *prefetch, uint64_t address); /* a stored pag
 /* fills a few pages; false when there is nothing to do */
 bool prefetch_step(struct prefetch *prefetch);
 
-/* stop.c */
+/* stop.c: all of it for a tracer, but create, destroy and run */
 struct stop *stop_create(void);
 void stop_destroy(struct stop *stop);
+int stop_run(struct stop *stop, void (*run)(void *arg), void *arg);
 int stop_begin(struct stop *stop, int pid, const int skip[2]); /* an sn_outcome */
+int stop_cause(const struct stop *stop);		       /* a negative errno, of stop_begin */
 bool stop_touches(const struct stop *stop, uint64_t start, uint64_t end); /* a stack top or TLS is inside */
+int stop_places(const struct stop *stop, struct sn_thread *ret, int capacity);
 int stop_threads(const struct stop *stop);
+pid_t stop_thread(const struct stop *stop, int index); /* 0: it does not stand */
 void stop_end(struct stop *stop);
+
+/* task.c */
+bool task_may_be_left(int pid, pid_t tid);
+bool task_is_traced(int pid, pid_t tid);
+bool task_is_deaf(int pid, pid_t tid);
+
+/* robust.c: for whoever holds session->mover */
+struct robust *robust_create(void);
+void robust_destroy(struct robust *robust);
+int robust_look(struct sn_session *session, int mem_fd);
+void robust_fill(struct sn_session *session);
+bool robust_touches(const struct robust *robust, uint64_t start, uint64_t end);
+int robust_pages(const struct robust *robust, uint64_t *ret, int capacity);
 
 /* mover.c: commands of the agent; for whoever holds session->mover. Beside the reply's status they return: */
 #define MOVER_LATE (-EINPROGRESS) /* no reply in time; the command is carried out some time */
@@ -374,7 +395,7 @@ void pack_continue(void);
 
 /* piece.c, move.c */
 #define MAX_SEGMENTS_OF_PIECE 4096
-enum decision { KEEP, DIRTY, CLEAN, ZERO, GUARD, PINNED, LEFT_ASIDE };
+enum decision { ABSENT, POISON, DIRTY, CLEAN, ZERO, GUARD, PINNED, LEFT_ASIDE };
 
 struct span { /* one interval of a piece, inside one mapping */
 	uint64_t start, npages;

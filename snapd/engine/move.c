@@ -18,7 +18,7 @@
 	 SNAPD_PAGE_IS_HUGE | SNAPD_PAGE_IS_GUARD)
 
 struct files {
-	int pagemap, maps;
+	int pagemap, maps, mem;
 };
 
 static int open_files(int pid, struct files *ret)
@@ -29,7 +29,9 @@ static int open_files(int pid, struct files *ret)
 	ret->pagemap = open(path, O_RDONLY | O_CLOEXEC);
 	snprintf(path, sizeof(path), "/proc/%d/maps", pid);
 	ret->maps = open(path, O_RDONLY | O_CLOEXEC);
-	if (ret->pagemap >= 0 && ret->maps >= 0)
+	snprintf(path, sizeof(path), "/proc/%d/mem", pid);
+	ret->mem = open(path, O_RDONLY | O_CLOEXEC);
+	if (ret->pagemap >= 0 && ret->maps >= 0 && ret->mem >= 0)
 		return 0;
 	return -errno;
 }
@@ -40,6 +42,8 @@ static void close_files(struct files *files)
 		close(files->pagemap);
 	if (files->maps >= 0)
 		close(files->maps);
+	if (files->mem >= 0)
+		close(files->mem);
 }
 
 static int stage(struct sn_piece *piece)
@@ -68,7 +72,8 @@ static int recheck(const struct sn_piece *piece, const struct span *span, const 
 		return errno == ESRCH ? SN_GONE : SN_CHANGED;
 	if (vma->vma_start > span->start || vma->vma_end < end || vma->inode || vma->dev_major || vma->dev_minor ||
 	    !(vma->vma_flags & SNAPD_PROCMAP_VMA_READABLE) || !(vma->vma_flags & SNAPD_PROCMAP_VMA_WRITABLE) ||
-	    vma->vma_flags & SNAPD_PROCMAP_VMA_SHARED || stop_touches(piece->session->stop, span->start, end))
+	    vma->vma_flags & SNAPD_PROCMAP_VMA_SHARED || stop_touches(piece->session->stop, span->start, end) ||
+	    robust_touches(piece->session->robust, span->start, end))
 		return SN_CHANGED;
 	return SN_MOVED;
 }
@@ -316,7 +321,7 @@ static int look(struct sn_piece *piece, struct span *span, const struct files *f
 			 span->npages + 1, NULL);
 	if (n < 0)
 		return (int)n;
-	memset(piece->decisions + span->base, KEEP, span->npages);
+	memset(piece->decisions + span->base, ABSENT, span->npages);
 	for (long i = 0; i < n; i++) {
 		const struct snapd_page_region *region = &piece->regions[i];
 		uint64_t from = (region->start - span->aside) / PAGE, to = (region->end - span->aside) / PAGE;
@@ -328,14 +333,14 @@ static int look(struct sn_piece *piece, struct span *span, const struct files *f
 			if (region->categories & SNAPD_PAGE_IS_GUARD)
 				decision = GUARD;
 			else if (state == ST_BAD && !(region->categories & SNAPD_PAGE_IS_PRESENT))
-				decision = KEEP; /* a poison marker looks swapped */
+				decision = POISON; /* its marker looks swapped */
 			else if (region->categories & SNAPD_PAGE_IS_PFNZERO)
 				decision = ZERO;
 			else if (!(region->categories & SNAPD_PAGE_IS_WRITTEN) &&
 				 (state == ST_STORED || state == ST_FILLED))
 				decision = CLEAN;
 			piece->decisions[page] = (uint8_t)decision;
-			ret->present += decision != GUARD && decision != KEEP;
+			ret->present += decision != GUARD && decision != POISON;
 			ret->huge += (region->categories & SNAPD_PAGE_IS_HUGE) != 0;
 		}
 	}
@@ -451,12 +456,19 @@ static void pin_runs(struct sn_piece *piece, struct snapd_run *pairs, unsigned i
 	}
 }
 
-static bool plain_between(const struct sn_piece *piece, uint64_t from, uint64_t to)
+/* Guards and poison in between would fail the move; clean pages, zero pages and holes do not. */
+static bool fit_between(const struct sn_piece *piece, uint64_t from, uint64_t to)
 {
-	for (uint64_t page = from; page < to; page++)
-		if (piece->decisions[page] != CLEAN && piece->decisions[page] != ZERO)
+	int present = 0;
+
+	for (uint64_t page = from; page < to; page++) {
+		enum decision decision = (enum decision)piece->decisions[page];
+
+		if (decision != CLEAN && decision != ZERO && decision != ABSENT)
 			return false;
-	return true;
+		present += decision != ABSENT;
+	}
+	return present < MERGE_GAP;
 }
 
 static void pin_pass(struct sn_piece *piece)
@@ -472,9 +484,7 @@ static void pin_pass(struct sn_piece *piece)
 		for (uint64_t page = 0; span->outcome == SN_MOVED && page < span->npages; page++) {
 			if (piece->decisions[span->base + page] != DIRTY)
 				continue;
-			/* Guards and poison in between would fail the move; clean pages and zero pages do not. */
-			if (open && page - last_dirty <= MERGE_GAP &&
-			    plain_between(piece, span->base + last_dirty + 1, span->base + page)) {
+			if (open && fit_between(piece, span->base + last_dirty + 1, span->base + page)) {
 				uint64_t to = span->aside + (page + 1) * PAGE;
 
 				pairs[2 * npairs - 2].length = to - pairs[2 * npairs - 2].start;
@@ -526,7 +536,8 @@ static void return_pinned(struct sn_piece *piece, struct span *span, struct sn_p
 static uint64_t settled(uint64_t entry, enum decision decision, struct sn_piece_report *ret)
 {
 	switch (decision) {
-	case KEEP: /* absent: what was filled and is not there was discarded without an event */
+	case ABSENT: /* what was filled and is not there was discarded without an event */
+	case POISON:
 		return ENTRY_STATE(entry) == ST_FILLED || ENTRY_STATE(entry) == ST_GUARD ? ST_NONE : entry;
 	case DIRTY:
 	case LEFT_ASIDE:
@@ -663,7 +674,7 @@ static void keep_moved_segments(struct sn_piece *piece)
 static void move_piece(struct sn_piece *piece, struct sn_piece_report *ret)
 {
 	struct sn_session *session = piece->session;
-	struct files files = {-1, -1};
+	struct files files = {-1, -1, -1};
 	uint64_t began;
 	int error;
 
@@ -681,9 +692,14 @@ static void move_piece(struct sn_piece *piece, struct sn_piece_report *ret)
 		began = now_ns();
 		ret->outcome = stop_begin(session->stop, atomic_load(&session->pid), session->agent_tids);
 		ret->until_stopped_ns = now_ns() - began;
+		ret->cause = stop_cause(session->stop);
 		ret->threads = stop_threads(session->stop);
 		if (ret->outcome == SN_MOVED && mover_ready(session) == MOVER_FILTERED)
 			ret->outcome = SN_FILTERED;
+		if (ret->outcome == SN_MOVED)
+			ret->cause = robust_look(session, files.mem);
+		if (ret->outcome == SN_MOVED && ret->cause)
+			ret->outcome = SN_BUSY;
 		if (ret->outcome == SN_MOVED)
 			ret->outcome = inside_stop(piece, &files, ret);
 		else
@@ -691,6 +707,7 @@ static void move_piece(struct sn_piece *piece, struct sn_piece_report *ret)
 		stop_end(session->stop);
 		ret->stop_ns = now_ns() - began;
 		mover_continue(session);
+		robust_fill(session);
 	}
 	keep_moved_segments(piece);
 	for (int i = 0; i < piece->nspans; i++) {
@@ -711,32 +728,25 @@ struct move_job {
 	struct sn_piece_report *ret;
 };
 
-static void *move_main(void *arg)
+static void move_main(void *arg)
 {
 	struct move_job *job = arg;
 
-	prefer_thread();
 	move_piece(job->piece, job->ret);
-	return NULL;
 }
 
-/* A thread of its own is the tracer: when it ends, the kernel lets go of a thread that would not stand (it sleeps in
- * vfork or on a dead disk and can't be detached) together with all others. */
 int sn_piece_move(struct sn_piece *piece, struct sn_piece_report *ret)
 {
 	struct move_job job = {piece, ret};
 	struct sn_session *session = piece->session;
-	pthread_t thread;
 	int error;
 
 	memset(ret, 0, sizeof(*ret));
 	pthread_mutex_lock(&session->mover);
-	error = session_stop(session) ? pthread_create(&thread, NULL, move_main, &job) : ENOMEM;
+	error = session_stop(session) ? stop_run(session->stop, move_main, &job) : ENOMEM;
 	if (error) {
 		ret->outcome = SN_FAILED;
 		ret->cause = -error;
-	} else {
-		pthread_join(thread, NULL);
 	}
 	pthread_mutex_unlock(&session->mover);
 	return ret->outcome == SN_MOVED ? 0 : -EAGAIN;

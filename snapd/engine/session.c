@@ -148,7 +148,9 @@ struct stop *session_stop(struct sn_session *session)
 {
 	if (!session->stop)
 		session->stop = stop_create();
-	return session->stop;
+	if (!session->robust)
+		session->robust = robust_create();
+	return session->robust ? session->stop : NULL;
 }
 
 int session_start(struct sn_session *session)
@@ -180,6 +182,7 @@ static void session_free(struct sn_session *session)
 	close(session->wake_fd);
 	free(session->scratch);
 	stop_destroy(session->stop);
+	robust_destroy(session->robust);
 	pm_close(&session->pm);
 	sn_store_release(session->store);
 	pthread_mutex_destroy(&session->mover);

@@ -1,6 +1,6 @@
 /* The stop: all threads of the target but the agent's stand, by ptrace, for about a millisecond.
  *
- * The tracer is the calling thread; when it dies the kernel lets all go. A thread that was interrupted in a
+ * The tracer is a thread of its own; when it ends the kernel lets all go. A thread that was interrupted in a
  * blocking call goes back into it: the kernel restarts most by itself; those that it answers with EINTR are
  * restarted here where they have no time-out. Owns threads and their registers; knows nothing of memory. */
 #include "internal.h"
@@ -11,6 +11,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <sched.h>
+#include <setjmp.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -21,24 +22,28 @@
 #include <unistd.h>
 
 #define LIMIT_NS 10000000ULL
-#define PATIENCE_NS 1000000L /* waitpid wakes up this often to look at the clock */
-#define PF_IO_WORKER 0x10
-#define PF_USER_WORKER 0x4000
-#define PF_KTHREAD 0x200000
-#define PTRACE_EVENT_STOPPED 128 /* PTRACE_EVENT_STOP */
+#define LIMIT_A_THREAD_NS 30000ULL /* each thread that is found gives all of them so much more */
+#define LINGER_NS 1000000000ULL
+#define TICK_NS 1000000L /* the tracer looks at the clock this often */
+#define DEAF_TICKS 3
+#define TICK_SIGNAL (SIGRTMIN + 9)
 #define IO_URING_EXT_ARG 8
 
 struct thread {
 	pid_t tid;
 	int signal; /* to be delivered at the end: the thread had just taken it */
+	int deaf;   /* ticks in a row at which it slept where no signal reaches it */
 	bool stopped, gone, have_regs;
 	arch_regs regs;
 };
 
 struct stop {
-	int nthreads;
+	int pid, nthreads, cause;
+	uint64_t deadline_ns;
 	bool timer_set;
 	timer_t timer;
+	volatile sig_atomic_t seizing;
+	sigjmp_buf way_out;
 	struct thread threads[MAX_THREADS];
 };
 
@@ -50,16 +55,26 @@ struct dirent64_raw {
 	char name[];
 };
 
-static void wake_up(int signal)
+/* Its delivery ends waitpid, but not PTRACE_SEIZE: the kernel repeats that whatever a handler does, so the only way
+ * out of it is a jump. */
+static void tick(int signal, siginfo_t *info, void *context)
 {
-	(void)signal; /* its delivery ends waitpid */
+	struct stop *stop = info->si_value.sival_ptr;
+
+	(void)signal;
+	(void)context;
+	if (info->si_code == SI_TIMER && stop->seizing && now_ns() > stop->deadline_ns) {
+		stop->seizing = 0;
+		siglongjmp(stop->way_out, 1);
+	}
 }
 
 struct stop *stop_create(void)
 {
-	struct sigaction action = {.sa_handler = wake_up};
+	/* SA_NODEFER: after the jump the signal is as open as before. */
+	struct sigaction action = {.sa_sigaction = tick, .sa_flags = SA_SIGINFO | SA_NODEFER};
 
-	sigaction(SIGRTMIN + 9, &action, NULL);
+	sigaction(TICK_SIGNAL, &action, NULL);
 	return calloc(1, sizeof(struct stop));
 }
 
@@ -73,19 +88,40 @@ int stop_threads(const struct stop *stop)
 	return stop->nthreads;
 }
 
-static void set_timer(struct stop *stop, bool on)
+int stop_cause(const struct stop *stop)
 {
-	struct sigevent event = {.sigev_notify = SIGEV_THREAD_ID, .sigev_signo = SIGRTMIN + 9};
-	struct itimerspec period = {.it_interval = {0, PATIENCE_NS}, .it_value = {0, PATIENCE_NS}};
+	return stop->cause;
+}
 
-	if (on) {
-		event._sigev_un._tid = (pid_t)syscall(SYS_gettid);
-		stop->timer_set = timer_create(CLOCK_MONOTONIC, &event, &stop->timer) == 0 &&
-				  timer_settime(stop->timer, 0, &period, NULL) == 0;
-	} else if (stop->timer_set) {
+pid_t stop_thread(const struct stop *stop, int index)
+{
+	const struct thread *thread = &stop->threads[index];
+
+	return thread->stopped && !thread->gone ? thread->tid : 0;
+}
+
+static void timer_end(struct stop *stop)
+{
+	if (stop->timer_set)
 		timer_delete(stop->timer);
-		stop->timer_set = false;
-	}
+	stop->timer_set = false;
+}
+
+static int timer_begin(struct stop *stop)
+{
+	struct sigevent event = {.sigev_notify = SIGEV_THREAD_ID, .sigev_signo = TICK_SIGNAL,
+		.sigev_value.sival_ptr = stop};
+	struct itimerspec period = {.it_interval = {0, TICK_NS}, .it_value = {0, TICK_NS}};
+	sigset_t set;
+
+	sigemptyset(&set);
+	sigaddset(&set, TICK_SIGNAL);
+	pthread_sigmask(SIG_UNBLOCK, &set, NULL);
+	event._sigev_un._tid = (pid_t)syscall(SYS_gettid);
+	if (timer_create(CLOCK_MONOTONIC, &event, &stop->timer))
+		return -errno;
+	stop->timer_set = true;
+	return timer_settime(stop->timer, 0, &period, NULL) ? -errno : 0;
 }
 
 static struct thread *find_thread(struct stop *stop, pid_t tid)
@@ -96,97 +132,122 @@ static struct thread *find_thread(struct stop *stop, pid_t tid)
 	return NULL;
 }
 
-/* Kernel workers of io_uring and dead leaders can't be traced and touch no memory by an address of ours that is being
- * moved: a worker's copy goes through page tables and faults like any other. */
-static bool may_be_left(int pid, pid_t tid)
+static struct thread *add_thread(struct stop *stop, pid_t tid)
 {
-	char path[64], text[512], state = 0;
-	unsigned int flags = 0;
-	char *after;
-	ssize_t n;
-	int fd;
+	struct thread *thread = &stop->threads[stop->nthreads];
 
-	snprintf(path, sizeof(path), "/proc/%d/task/%d/stat", pid, tid);
-	fd = open(path, O_RDONLY | O_CLOEXEC);
-	if (fd < 0)
-		return true;
-	n = read(fd, text, sizeof(text) - 1);
-	close(fd);
-	if (n <= 0)
-		return true;
-	text[n] = 0;
-	after = strrchr(text, ')');
-	if (!after || sscanf(after + 1, " %c %*d %*d %*d %*d %*d %u", &state, &flags) != 2)
-		return false;
-	return state == 'Z' || state == 'X' || flags & (PF_IO_WORKER | PF_USER_WORKER | PF_KTHREAD);
+	if (stop->nthreads == MAX_THREADS)
+		return NULL;
+	stop->nthreads++;
+	stop->deadline_ns += LIMIT_A_THREAD_NS;
+	*thread = (struct thread){.tid = tid};
+	return thread;
 }
 
-/* Seizes threads that are not known yet. Returns how many, or a negative errno. */
-static int seize_new(struct stop *stop, int pid, const int skip[2])
+/* Returns 0 or an errno; ETIMEDOUT at the deadline. An execve of the target holds the lock that PTRACE_SEIZE takes
+ * until the other threads are gone, and those that are traced must be waited for by their tracer: both would wait for
+ * ever. */
+static int seize(struct stop *stop, pid_t tid)
 {
-	char path[32], names[4096];
-	int found = 0, error = 0;
-	long n;
-	int fd;
+	int error;
 
-	snprintf(path, sizeof(path), "/proc/%d/task", pid);
-	fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-	if (fd < 0)
-		return -ESRCH;
-	while (!error && (n = syscall(SYS_getdents64, fd, names, sizeof(names))) > 0) {
-		for (long at = 0; at < n && !error;) {
+	if (sigsetjmp(stop->way_out, 0))
+		return ETIMEDOUT;
+	stop->seizing = 1;
+	error = ptrace(PTRACE_SEIZE, tid, NULL, NULL) ? errno : 0;
+	stop->seizing = 0;
+	return error;
+}
+
+/* Seizes threads that are not known yet and interrupts them. Returns how many, or a negative errno. */
+static int seize_new(struct stop *stop, int tasks, const int skip[2])
+{
+	char names[4096];
+	int found = 0;
+	long n;
+
+	lseek(tasks, 0, SEEK_SET);
+	while ((n = syscall(SYS_getdents64, tasks, names, sizeof(names))) > 0) {
+		for (long at = 0; at < n;) {
 			const struct dirent64_raw *entry = (const void *)(names + at);
 			pid_t tid = atoi(entry->name);
-			struct thread *thread;
+			int error;
 
 			at += entry->reclen;
 			if (tid <= 0 || tid == skip[0] || tid == skip[1] || find_thread(stop, tid))
 				continue;
-			if (stop->nthreads == MAX_THREADS) {
-				error = -E2BIG;
-				break;
-			}
-			if (ptrace(PTRACE_SEIZE, tid, NULL, NULL)) {
-				if (errno == ESRCH || may_be_left(pid, tid))
-					continue;
-				error = -EPERM;
-				break;
-			}
-			thread = &stop->threads[stop->nthreads++];
-			*thread = (struct thread){.tid = tid};
-			ptrace(PTRACE_INTERRUPT, tid, NULL, NULL);
+			if (stop->nthreads == MAX_THREADS)
+				return -E2BIG;
+			error = seize(stop, tid);
+			if (error == ESRCH || (error == EPERM && task_may_be_left(stop->pid, tid)))
+				continue;
+			if (error == EPERM)
+				return task_is_traced(stop->pid, tid) ? -EPERM : -EAGAIN;
+			/* At the deadline nobody knows whether it was seized just then; if not, this fails. */
+			if (ptrace(PTRACE_INTERRUPT, tid, NULL, NULL) == 0 || !error)
+				add_thread(stop, tid);
+			if (error)
+				return -error;
 			found++;
 		}
 	}
-	close(fd);
-	return error ? error : found;
+	return n < 0 ? -ESRCH : found;
 }
 
-static int wait_all(struct stop *stop, uint64_t deadline_ns)
+/* Takes in what waitpid said of a thread. One that nobody knows is an execve's: it went on under its leader's id. */
+static void take_in(struct stop *stop, pid_t tid, int status)
 {
-	for (;;) {
-		struct thread *thread;
-		int status, left = 0;
-		pid_t tid;
+	struct thread *thread = find_thread(stop, tid);
 
-		for (int i = 0; i < stop->nthreads; i++)
-			left += !stop->threads[i].stopped && !stop->threads[i].gone;
-		if (!left)
-			return 0;
-		tid = waitpid(-1, &status, __WALL | __WNOTHREAD);
-		if (tid < 0 && errno == ECHILD)
-			return 0; /* all have gone */
-		thread = tid > 0 ? find_thread(stop, tid) : NULL;
-		if (thread && WIFSTOPPED(status)) {
-			thread->stopped = true;
-			if (status >> 16 != PTRACE_EVENT_STOPPED && status >> 16 == 0)
-				thread->signal = WSTOPSIG(status);
-		} else if (thread) {
+	if (!thread && WIFSTOPPED(status))
+		thread = add_thread(stop, tid);
+	if (thread && WIFSTOPPED(status)) {
+		thread->stopped = true;
+		thread->gone = false;
+		if (status >> 16 == 0) /* it had just taken a signal; else it stands because it was told to */
+			thread->signal = WSTOPSIG(status);
+	} else if (thread) {
+		thread->gone = true;
+	}
+}
+
+/* Those of whom waitpid may still have something to say. */
+static int left(const struct stop *stop)
+{
+	int n = 0;
+
+	for (int i = 0; i < stop->nthreads; i++)
+		n += !stop->threads[i].stopped && !stop->threads[i].gone;
+	return n;
+}
+
+/* An execve ends threads without a word: its own old id, and the leader's before that becomes its own. */
+static void forget_ended(struct stop *stop)
+{
+	for (int i = 0; i < stop->nthreads; i++) {
+		struct thread *thread = &stop->threads[i];
+
+		if (!thread->stopped && syscall(SYS_tgkill, stop->pid, thread->tid, 0) && errno == ESRCH)
 			thread->gone = true;
-		}
-		if (now_ns() > deadline_ns)
+	}
+}
+
+static int wait_all(struct stop *stop)
+{
+	while (left(stop)) {
+		int status;
+		pid_t tid = waitpid(-1, &status, __WALL | __WNOTHREAD);
+
+		if (tid > 0)
+			take_in(stop, tid, status);
+		else if (errno == ECHILD)
+			return 0; /* all have gone */
+		else
+			forget_ended(stop);
+		if (left(stop) && now_ns() > stop->deadline_ns)
 			return -ETIMEDOUT;
 	}
+	return 0;
 }
 
 /* Calls that the kernel answers with EINTR after any stop: repeated by the kernel's own rule (a handler still gets its
@@ -214,56 +275,168 @@ static bool waits_for_ever(const arch_regs *regs, long number)
 	}
 }
 
+/* Whatever comes with it: the kernel makes an EINTR of it where a handler is about to run, and repeats the call where
+ * not, as it does when nobody traces. (Only a traced thread is woken by a signal that is ignored.) */
 static void look_at_registers(struct thread *thread)
 {
 	long number, result;
 
 	thread->have_regs = ptrace(PTRACE_GETREGS, thread->tid, NULL, &thread->regs) == 0;
-	if (thread->have_regs && !thread->signal && arch_in_syscall(&thread->regs, &number, &result) &&
-	    result == -EINTR && waits_for_ever(&thread->regs, number)) {
+	if (thread->have_regs && arch_in_syscall(&thread->regs, &number, &result) && result == -EINTR &&
+	    waits_for_ever(&thread->regs, number)) {
 		arch_restart(&thread->regs);
 		ptrace(PTRACE_SETREGS, thread->tid, NULL, &thread->regs);
 	}
 }
 
-/* Lets all go that stand. One that does not stand yet is let go by the kernel when the calling thread ends. */
+/* Lets all go that stand; those that do not stay in the table. */
 void stop_end(struct stop *stop)
 {
+	int kept = 0;
+
 	for (int i = 0; i < stop->nthreads; i++) {
 		struct thread *thread = &stop->threads[i];
 
-		if (!thread->stopped || thread->gone)
+		if (thread->gone)
 			continue;
-		if (!thread->have_regs)
+		if (thread->stopped && !thread->have_regs)
 			look_at_registers(thread);
-		ptrace(PTRACE_DETACH, thread->tid, NULL, (void *)(long)thread->signal);
+		if (thread->stopped && ptrace(PTRACE_DETACH, thread->tid, NULL, (void *)(long)thread->signal) == 0)
+			continue;
+		thread->stopped = false; /* it was killed as it stood: its end is still to be waited for */
+		if (kept != i)
+			stop->threads[kept] = *thread;
+		kept++;
 	}
-	stop->nthreads = 0;
+	stop->nthreads = kept;
 }
 
-int stop_begin(struct stop *stop, int pid, const int skip[2])
+static bool all_deaf(struct stop *stop)
 {
-	uint64_t deadline = now_ns() + LIMIT_NS;
-	int found, error = 0;
+	bool ret = true;
 
-	stop->nthreads = 0;
-	set_timer(stop, true);
+	for (int i = 0; i < stop->nthreads; i++) {
+		struct thread *thread = &stop->threads[i];
+
+		thread->deaf = task_is_deaf(stop->pid, thread->tid) ? thread->deaf + 1 : 0;
+		ret &= thread->deaf >= DEAF_TICKS;
+	}
+	return ret;
+}
+
+/* After a stop that was given up: who does not stand yet was interrupted all the same, and would return from its call
+ * with EINTR if it were let go half way. So each is waited for while the others run, but one that sleeps where no
+ * signal reaches it (vfork, a dead disk); that one is let go by the kernel when the tracer ends. */
+static void see_off(struct stop *stop)
+{
+	uint64_t until = now_ns() + LINGER_NS;
+
+	while (stop->nthreads && now_ns() < until) {
+		int status;
+		pid_t tid = waitpid(-1, &status, __WALL | __WNOTHREAD);
+
+		if (tid > 0) {
+			take_in(stop, tid, status);
+		} else if (errno == ECHILD) {
+			stop->nthreads = 0;
+		} else {
+			forget_ended(stop);
+			if (all_deaf(stop))
+				break;
+		}
+		stop_end(stop);
+	}
+}
+
+static int stop_all(struct stop *stop, const int skip[2])
+{
+	char path[32];
+	int found, tasks, error;
+
+	snprintf(path, sizeof(path), "/proc/%d/task", stop->pid);
+	tasks = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	if (tasks < 0)
+		return -ESRCH;
+	error = timer_begin(stop); /* without it nothing would limit the wait */
 	/* A thread may start another until it stands itself: look until a pass finds no new one. */
 	do {
-		found = seize_new(stop, pid, skip);
+		found = error ? error : seize_new(stop, tasks, skip);
 		if (found > 0)
-			error = wait_all(stop, deadline);
+			error = wait_all(stop);
 	} while (found > 0 && !error);
-	set_timer(stop, false);
-	if (found >= 0 && !error) {
+	close(tasks);
+	return error ? error : found;
+}
+
+/* For a tracer. After any outcome but SN_MOVED all that stand have been let go again. */
+int stop_begin(struct stop *stop, int pid, const int skip[2])
+{
+	stop->pid = pid;
+	stop->nthreads = 0;
+	stop->deadline_ns = now_ns() + LIMIT_NS;
+	stop->cause = stop_all(stop, skip);
+	if (!stop->cause) {
+		timer_end(stop);
 		for (int i = 0; i < stop->nthreads; i++)
 			if (stop->threads[i].stopped && !stop->threads[i].gone)
 				look_at_registers(&stop->threads[i]);
 		return stop->nthreads ? SN_MOVED : SN_GONE;
 	}
+	stop_end(stop);
+	return stop->cause == -ESRCH ? SN_GONE : stop->cause == -EPERM ? SN_TRACED : SN_BUSY;
+}
+
+struct tracer {
+	struct stop *stop;
+	void (*run)(void *arg);
+	void *arg;
+	pid_t tid;
+};
+
+static void *tracer_main(void *arg)
+{
+	struct tracer *tracer = arg;
+
+	tracer->tid = (pid_t)syscall(SYS_gettid);
+	prefer_thread();
+	tracer->run(tracer->arg);
+	if (tracer->stop->nthreads && !tracer->stop->timer_set)
+		timer_begin(tracer->stop);
+	if (tracer->stop->timer_set)
+		see_off(tracer->stop);
+	timer_end(tracer->stop);
+	return NULL;
+}
+
+/* Runs something that stops the target in a thread of its own, which is the tracer: when it ends, the kernel lets go of
+ * a thread that would not stand and so can't be detached. Returns 0 or an errno. */
+int stop_run(struct stop *stop, void (*run)(void *arg), void *arg)
+{
+	struct tracer tracer = {stop, run, arg, 0};
+	pthread_t thread;
+	int error = pthread_create(&thread, NULL, tracer_main, &tracer);
+
 	if (error)
-		return SN_BUSY;
-	return found == -ESRCH ? SN_GONE : found == -EPERM ? SN_TRACED : SN_BUSY;
+		return error;
+	pthread_join(thread, NULL);
+	/* It can be joined before the kernel has let its tracees go: the next stop would take it for a debugger. */
+	while (syscall(SYS_tgkill, getpid(), tracer.tid, 0) == 0)
+		usleep(20);
+	stop->nthreads = 0;
+	return 0;
+}
+
+int stop_places(const struct stop *stop, struct sn_thread *ret, int capacity)
+{
+	int n = 0;
+
+	for (int i = 0; i < stop->nthreads && n < capacity; i++) {
+		const struct thread *thread = &stop->threads[i];
+
+		if (thread->have_regs)
+			ret[n++] = (struct sn_thread){thread->tid, arch_sp(&thread->regs), arch_tls(&thread->regs)};
+	}
+	return n;
 }
 
 bool stop_touches(const struct stop *stop, uint64_t start, uint64_t end)
@@ -280,46 +453,4 @@ bool stop_touches(const struct stop *stop, uint64_t start, uint64_t end)
 			return true;
 	}
 	return false;
-}
-
-struct survey_job {
-	struct sn_session *session;
-	struct stop *stop;
-	struct sn_thread *ret;
-	int capacity, n, outcome;
-	uint64_t stop_ns;
-};
-
-static void *survey_main(void *arg)
-{
-	struct survey_job *job = arg;
-	uint64_t began = now_ns();
-
-	prefer_thread();
-	job->outcome = stop_begin(job->stop, atomic_load(&job->session->pid), job->session->agent_tids);
-	for (int i = 0; i < job->stop->nthreads && job->n < job->capacity; i++) {
-		const struct thread *thread = &job->stop->threads[i];
-
-		if (thread->have_regs)
-			job->ret[job->n++] = (struct sn_thread){thread->tid, arch_sp(&thread->regs),
-				arch_tls(&thread->regs)};
-	}
-	stop_end(job->stop);
-	job->stop_ns = now_ns() - began;
-	return NULL;
-}
-
-int sn_survey(struct sn_session *session, struct sn_thread *ret, int capacity, int *ret_n, uint64_t *ret_stop_ns)
-{
-	struct survey_job job = {.session = session, .ret = ret, .capacity = capacity, .outcome = SN_FAILED};
-	pthread_t thread;
-
-	pthread_mutex_lock(&session->mover);
-	job.stop = session_stop(session);
-	if (job.stop && pthread_create(&thread, NULL, survey_main, &job) == 0)
-		pthread_join(thread, NULL);
-	pthread_mutex_unlock(&session->mover);
-	*ret_n = job.n;
-	*ret_stop_ns = job.stop_ns;
-	return job.outcome;
 }

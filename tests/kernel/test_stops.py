@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from snapd.errors import SharedMemory, TargetStopped, TargetTraced
+from snapd.errors import (
+    NoSuchProcess,
+    NotCooperating,
+    NotStopping,
+    SessionBusy,
+    SharedMemory,
+    TargetGone,
+    TargetStopped,
+    TargetTraced,
+)
 from tests.harness import Daemon, Spawner, Target, wait_until
 from tests.kernel.driving import MIB, BackToBack, Figures
 from tests.peers import require
@@ -41,10 +50,23 @@ def test_thread_that_does_not_stand_puts_pieces_off_and_nothing_is_lost(
 ) -> None:
     calls = spawn("calls", "--seconds", 5, "--mib", 32, "--only", "vfork,epoll_wait,read")
     daemon.allow("could not be moved")
-    with BackToBack(daemon, calls.pid, ignore=(SharedMemory, TargetStopped)) as dumps:
+    with BackToBack(daemon, calls.pid, ignore=(NotStopping, SharedMemory, TargetStopped)) as dumps:
         result = calls.result()
     figures.note_stops(dumps.reports)
     assert result["errors"] == result["eintr"] == 0, result["first"]
+
+
+def test_program_that_executes_itself_in_the_middle_of_stops_goes_on(
+    daemon: Daemon, spawn: Spawner, figures: Figures
+) -> None:
+    execs = spawn("execs", "--count", 200)
+    between = (TargetGone, NotCooperating, NotStopping, NoSuchProcess, SessionBusy)
+    with BackToBack(daemon, execs.pid, ignore=between) as dumps:
+        result = execs.result(95)
+    figures.note_stops(dumps.reports)
+    figures.note(execs=result["execs"], in_a_stop=result["traced"])
+    assert result["execs"] == 200
+    assert result["traced"] > 5
 
 
 def test_exit_statuses_and_ends_by_signals_are_passed_on(daemon: Daemon, spawn: Spawner) -> None:

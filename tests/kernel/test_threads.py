@@ -43,6 +43,15 @@ def test_signals_reach_handlers_on_signal_stacks_that_are_out(joins: Target, dae
     joins.quit()
 
 
+def test_robust_mutex_of_a_thread_that_ends_is_given_to_the_next_one(daemon: Daemon, spawn: Spawner) -> None:
+    joins = spawn("joins", "--mib", 16)
+    joins.ask("dead")
+    daemon.dump(joins.pid)
+    assert joins.ask("bury", timeout_s=20)["owner_dead"]
+    joins.ask("sum")
+    joins.quit()
+
+
 def test_threads_are_born_and_end_under_back_to_back_dumps(joins: Target, daemon: Daemon) -> None:
     with BackToBack(daemon, joins.pid) as dumps:
         for _ in dumps.until(10):

@@ -239,6 +239,7 @@ static inline void on_pause_signal(int signal)
 {
     struct call *call = signal == SIGUSR1 ? paused : suspended;
     atomic_store(&call->handled, atomic_load(&call->fired));
+    atomic_fetch_add(&call->handler_runs, 1);
 }
 
 static inline void handle(int signal, void (*handler)(int))
@@ -259,13 +260,20 @@ static inline void setup_pause(struct call *call)
     handle(SIGUSR1, on_pause_signal);
 }
 
-/* The signal may come before pause() is called: then only a later one ends it, which is why it is sent repeatedly. */
+/* The signal may come before pause() is called: then only a later one ends it, which is why it is sent repeatedly; and
+ * so the next pause() may be ended by one that is left over. */
 static inline enum outcome wait_pause(struct call *call)
 {
+    unsigned long runs;
+    int result;
     sigset_t set;
     only_signal(&set, SIGUSR1);
     pthread_sigmask(SIG_UNBLOCK, &set, NULL);
-    int result = pause();
+    do {
+        runs = atomic_load(&call->handler_runs);
+        result = pause();
+    } while (result == -1 && errno == EINTR && atomic_load(&call->handler_runs) > runs &&
+             atomic_load(&call->handled) <= atomic_load(&call->seen));
     return handler_ran(call, result);
 }
 

@@ -55,7 +55,7 @@ struct call {
     int fd[2], id;
     pid_t child;
     atomic_uint word;
-    atomic_ulong handled; /* by a signal handler: number of the newest event */
+    atomic_ulong handled, handler_runs; /* by a signal handler: number of the newest event */
     uint64_t got;         /* number that the event carried, where it carries one */
 
     atomic_ulong fired, seen, fired_ns;
