@@ -137,9 +137,16 @@ async def make_session(sock: AgentSocket, hello: Message, peer: Peer, state_dir:
         await _hold(sock, store.fd, page_map)
         agent_sock = sock.into_blocking()
         undo.callback(_close_quietly, agent_sock)
-        native = engine.Session.create(
-            store, pid=peer.pid, uffd=uffd, page_map=page_map, agent_sock=agent_sock, sentinel=sentinel, tids=tids
-        )
+        try:
+            native = engine.Session.create(
+                store, pid=peer.pid, uffd=uffd, page_map=page_map, agent_sock=agent_sock, sentinel=sentinel, tids=tids
+            )
+        except OSError as error:
+            if error.errno == errno.ESRCH:
+                raise TargetGone(peer.pid) from error
+            if error.errno == errno.ESTALE:
+                raise ProtocolError(f"pid {peer.pid} sent the userfaultfd of another address space") from error
+            raise
         undo.pop_all()
         _prefer(tids[1], peer.uid)
         return Session(

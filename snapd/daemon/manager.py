@@ -59,6 +59,7 @@ FRAME_ERRORS: Final = {
     3: "it does not decode",
     4: "it can't be read",
     5: "its entry makes no sense",
+    8: "it was aside and can't be read there any more",
 }
 CHILD_WAIT_S: Final = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 CHILD_NOTICE_TRIES: Final = 3
@@ -369,7 +370,7 @@ class Manager:
                 if session:
                     session.gone.set()
             case NoticeKind.BAD_FRAME:
-                reason = FRAME_ERRORS.get(notice.cause, "its parent died before it was copied")
+                reason = FRAME_ERRORS.get(notice.cause, "for no known reason")
                 log.error("%s: the page at %#x is lost: %s; touching it raises SIGBUS", name, notice.address, reason)
             case NoticeKind.TROUBLE:
                 log.warning("%s: %s (at %#x)", name, os.strerror(abs(notice.cause)), notice.address)
@@ -385,9 +386,11 @@ class Manager:
             # A grandchild whose parent is gone has another parent by now: look at all, but not each time.
             candidates = relatives if attempt < len(CHILD_PID_DELAYS_S) // 2 else procfs.processes()
             pid = _pid_of(child, [pid for pid in candidates if pid not in known])
-            if pid:
-                child.pid = pid
+            if not pid:
+                continue
+            with contextlib.suppress(OSError):  # it ended, or became another program, since it was looked at
                 child.native.set_pid(pid)
+                child.pid = pid
                 return
 
     async def give_everything_back(self) -> None:

@@ -102,7 +102,7 @@ def _mremap_dontunmap(_scene: Scene) -> Finding:
         return _tried(moved)
 
 
-def _process_vm_readv(_scene: Scene) -> Finding:
+def _proc_mem(_scene: Scene) -> Finding:
     with syscalls.memory() as (area, address):
         area[:5] = b"snapd"
         with syscalls.child() as pid:
@@ -163,7 +163,7 @@ KERNEL: Final = (
     Check("guards", True, "guard pages cannot be seen, and would be lost in a move", _guards),
     Check("procmap-query", True, "no mapping can be looked at again inside a stop", _procmap_query),
     Check("mremap-dontunmap", True, "nothing can be moved aside", _mremap_dontunmap),
-    Check("process-vm-readv", True, "pages that were moved aside cannot be read", _process_vm_readv),
+    Check("proc-mem", True, "pages that were moved aside cannot be read", _proc_mem),
     Check("ptrace", True, "threads cannot be stopped while a piece is moved", _ptrace),
     Check("pidfd", True, "the end of a process goes unseen", _pidfd),
     Check("so-peerpidfd", False, "a pid that was given away again may be taken for the program", _so_peerpidfd),

@@ -315,7 +315,10 @@ class Session:
     def create(
         cls, store: Store, *, pid: int, uffd: int, page_map: int, agent_sock: int, sentinel: int, tids: tuple[int, int]
     ) -> Self:
-        """Start serving a target; takes the descriptors over. OSError when it can't, and then takes none."""
+        """Start serving a target; takes the descriptors over. OSError when it can't, and then takes none.
+
+        ESTALE: the userfaultfd is of another address space than the process.
+        """
         target = ffi.new("struct sn_target *")
         target.pid, target.uffd, target.page_map, target.agent_sock = pid, uffd, page_map, agent_sock
         target.sentinel = sentinel
@@ -339,8 +342,8 @@ class Session:
             lib.sn_session_close(handle)
 
     def set_pid(self, pid: int) -> None:
-        """Name the process, once it is known."""
-        lib.sn_session_set_pid(self.handle, pid)
+        """Name the process, once it is known; OSError when it is gone, or does not have the address space."""
+        check(lib.sn_session_set_pid(self.handle, pid))
 
     def descriptors(self) -> tuple[int, int, int]:
         """Return the store, the page map and the userfaultfd; they stay the engine's."""

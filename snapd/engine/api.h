@@ -87,7 +87,8 @@ struct sn_session *sn_session_create(const struct sn_target *target, struct sn_s
 void sn_session_close(struct sn_session *session);
 uint64_t sn_session_id(struct sn_session *session); /* never given out twice */
 int sn_session_pid(struct sn_session *session);
-void sn_session_set_pid(struct sn_session *session, int pid);
+/* Names a forked child's process, once it is known. -ESTALE: the address space is another's. */
+int sn_session_set_pid(struct sn_session *session, int pid);
 /* Gives a forked child's session the agent that the child has started; takes the connection over. */
 void sn_session_bind(struct sn_session *session, int agent_sock, const int *tids);
 int sn_session_page_map(struct sn_session *session);

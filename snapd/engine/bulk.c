@@ -6,8 +6,6 @@
 #include "internal.h"
 
 #include <errno.h>
-#include <fcntl.h>
-#include <stdio.h>
 #include <sys/mman.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -19,7 +17,7 @@
 
 int bulk_init(struct bulk *bulk, struct sn_session *session, bool keep_frames)
 {
-	*bulk = (struct bulk){.session = session, .keep_frames = keep_frames, .pagemap = -1};
+	*bulk = (struct bulk){.session = session, .keep_frames = keep_frames};
 	bulk->opener = frame_opener_create();
 	if (!bulk->opener)
 		return -ENOMEM;
@@ -34,23 +32,8 @@ int bulk_init(struct bulk *bulk, struct sn_session *session, bool keep_frames)
 
 void bulk_deinit(struct bulk *bulk)
 {
-	if (bulk->pagemap >= 0)
-		close(bulk->pagemap);
 	frame_opener_destroy(bulk->opener);
 	munmap(bulk->pages, BUFFER_BYTES);
-}
-
-/* The target's pagemap, to find guards by; false while its pid is not known. */
-bool bulk_see(struct bulk *bulk)
-{
-	int pid = atomic_load(&bulk->session->pid);
-	char path[64];
-
-	if (bulk->pagemap < 0 && pid) {
-		snprintf(path, sizeof(path), "/proc/%d/pagemap", pid);
-		bulk->pagemap = open(path, O_RDONLY | O_CLOEXEC);
-	}
-	return bulk->pagemap >= 0;
 }
 
 /* Finds the next pages to bring back at or behind *at; *at becomes where the search goes on. */
@@ -124,15 +107,6 @@ uint64_t bulk_decode(struct bulk *bulk, const struct run *run, bool nowait)
 	return done;
 }
 
-/* A copy in bulk would overwrite a guard that the program installed without any event. */
-bool bulk_has_guard(const struct bulk *bulk, uint64_t start, uint64_t npages)
-{
-	struct snapd_page_region region;
-
-	return bulk->pagemap >= 0 && pagemap_scan(bulk->pagemap, start, start + npages * PAGE, SNAPD_PAGE_IS_GUARD,
-						  SNAPD_PAGE_IS_GUARD, 0, &region, 1, NULL) > 0;
-}
-
 /* Pages are in. A prefetched one keeps its frame and is write-protected, so that it is known for clean while nobody
  * writes; a restored one forgets it: its mapping is on the way to be released. */
 static void came_in(struct bulk *bulk, const struct run *run, uint64_t from, uint64_t count)
@@ -153,7 +127,7 @@ static bool unchanged(struct sn_session *session, const struct run *run, uint64_
 	long i = pm_find(table, run->start + from * PAGE);
 	const struct record *record = i >= 0 ? &table->records[i] : NULL;
 
-	if (!record || record->first == NO_ENTRIES ||
+	if (session->unseen || !record || record->first == NO_ENTRIES ||
 		record->first + (run->start + from * PAGE - record->start) / PAGE != run->first + from ||
 	    record->start + record->npages * PAGE < run->start + (from + count) * PAGE)
 		return false;
@@ -175,7 +149,8 @@ int bulk_copy(struct bulk *bulk, const struct run *run, uint64_t good)
 		bool same;
 
 		pthread_rwlock_rdlock(&session->lock);
-		same = unchanged(session, run, from, good - from);
+		/* Decoding took its time: the program may have installed a guard meanwhile. */
+		same = unchanged(session, run, from, good - from) && !memory_has_guard(session, address, good - from);
 		if (same) {
 			result = uffd_copy(session->uffd, address, bulk->pages + from * PAGE, (good - from) * PAGE,
 					   bulk->keep_frames ? SNAPD_UFFDIO_COPY_MODE_WP : 0, &done);

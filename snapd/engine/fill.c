@@ -11,10 +11,15 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
+#define MAX_TROUBLES 10
+#define LATER_NS 30000ULL
+#define MEMORY_NS 10000000ULL
+#define TROUBLE_NS 50000000ULL
+
 static const unsigned char zero_page[PAGE] __attribute__((aligned(4096)));
 
 struct place {
-	bool known, recorded;
+	bool known, recorded, not_now;
 	uint64_t index, entry, aside;
 };
 
@@ -53,12 +58,17 @@ static struct place look_up(struct sn_session *session, uint64_t address)
 		place.entry = session->pm.entries[place.index];
 		place.aside = record->aside ? record->aside + k * PAGE : 0;
 	}
+	/* In a stop: the entry is decided at its end, and until the asides were looked at a page that came into one of
+	 * them would pass for what the program had there. In a forked child: its copy is on the way. */
+	place.not_now = session->unseen || (place.known && (place.entry & ENTRY_MOVING || (session->source &&
+		ENTRY_STATE(place.entry) == ST_ASIDE)));
 	return place;
 }
 
 static bool same_place(const struct place *a, const struct place *b)
 {
-	return a->known == b->known && (!a->known || (a->index == b->index && a->entry == b->entry));
+	return a->known == b->known && !b->not_now &&
+	       (!a->known || (a->index == b->index && a->entry == b->entry && a->aside == b->aside));
 }
 
 /* After a COPY: the page is present. Others may have changed the entry under the shared lock: a packing thread may
@@ -89,8 +99,10 @@ static enum frame_error load_frame(struct sn_session *session, struct filler *fi
 		if (n < 0 && nowait && errno == EOPNOTSUPP) /* a file system that never says: take the wait */
 			n = preadv2(session->store->fd, &iov, 1, offset, nowait = false);
 	} while (n < 0 && errno == EINTR);
-	if (nowait && ((n < 0 && errno == EAGAIN) || (n >= 0 && (size_t)n < iov.iov_len)))
+	if (nowait && (n < 0 || (size_t)n < iov.iov_len))
 		return FRAME_WOULD_BLOCK;
+	if (n < 0)
+		return errno == ENOMEM || errno == EAGAIN ? FRAME_NO_MEMORY : FRAME_NOT_READ;
 	if (n != (ssize_t)iov.iov_len)
 		return FRAME_BAD_READ;
 	return frame_open(filler->opener, session->store, (uint64_t)offset, filler->frame, iov.iov_len, filler->page);
@@ -155,75 +167,111 @@ static enum fill_result fill_zero(struct sn_session *session, const struct place
 	return result_of(session, address, result);
 }
 
-enum fill_result fill_page(struct sn_session *session, struct filler *filler, uint64_t address, bool write, bool nowait)
+/* What is aside. A page that is not there any more is told from one that can't be read when its place is known to be
+ * the same still. */
+static enum frame_error load_aside(struct sn_session *session, struct filler *filler, const struct place *place)
+{
+	long n = place->aside ? memory_read(session, place->aside, filler->page, PAGE) : -EIO;
+
+	return n == (long)PAGE ? FRAME_OK : n == -ESRCH ? FRAME_GONE : FRAME_LOST_ASIDE;
+}
+
+/* For a page that could not be had, with the lock held and its place unchanged. */
+static enum fill_result no_page(struct sn_session *session, const struct place *place, struct fault *fault,
+				enum frame_error error)
+{
+	if (error == FRAME_NO_MEMORY)
+		return FILL_NO_MEMORY;
+	if (error == FRAME_LOST_ASIDE && place->aside && memory_is_freed(session, place->aside))
+		return fill_zero(session, place, fault->address, true);
+	/* A disk may be away for a moment, or swap, or memory for what is in it. */
+	if ((error == FRAME_NOT_READ || error == FRAME_LOST_ASIDE) && fault->troubles < MAX_TROUBLES) {
+		fault->troubles++;
+		return FILL_TROUBLE;
+	}
+	return poison(session, place, fault->address, error == FRAME_NOT_READ ? FRAME_BAD_READ : (int)error);
+}
+
+/* A page that nobody has asked for may be a guard by now, which a COPY would overwrite. */
+static bool became_guard(struct sn_session *session, const struct place *place, const struct fault *fault)
+{
+	uint64_t old = place->entry;
+
+	if (!fault->unasked || !place->known || !memory_has_guard(session, fault->address, 1))
+		return false;
+	if (atomic_compare_exchange_strong(&session->pm.entries[place->index], &old, ST_GUARD))
+		store_unhold_entry(session->store, old);
+	return true;
+}
+
+/* For whoever holds the lock, with the page in the filler's buffer unless there was an error. */
+static enum fill_result put_page(struct sn_session *session, struct filler *filler, const struct place *place,
+				 struct fault *fault, enum frame_error error)
+{
+	enum state state = place->known ? ENTRY_STATE(place->entry) : ST_NONE;
+	enum uffd_result result;
+
+	if (became_guard(session, place, fault))
+		return FILL_DONE;
+	switch (state) {
+	case ST_STORED:
+	case ST_ASIDE:
+		if (error != FRAME_OK)
+			return no_page(session, place, fault, error);
+		/* A page that equals its frame is write-protected: PAGEMAP_SCAN tells later whether it still does. */
+		result = uffd_copy(session->uffd, fault->address, filler->page, PAGE,
+				   state == ST_STORED ? SNAPD_UFFDIO_COPY_MODE_WP : 0, NULL);
+		filler->from_store = result == UFFD_DONE && state == ST_STORED;
+		if (result == UFFD_DONE)
+			now_present(session, place);
+		return result_of(session, fault->address, result);
+	case ST_BAD:
+		return poison(session, place, fault->address, 0);
+	default:
+		/* Fresh memory. Also what was filled or guarded and is missing again: it was discarded by a way that
+		 * raises no event (a guard, installed and removed), and such pages read as zeros. Where it is present
+		 * after all (a second message of one fault), the answer is EEXIST and a wake-up. */
+		filler->unknown = !place->recorded;
+		return fill_zero(session, place, fault->address, fault->write || state == ST_FILLED);
+	}
+}
+
+enum fill_result fill_page(struct sn_session *session, struct filler *filler, struct fault *fault, bool nowait)
 {
 	filler->from_store = filler->unknown = false;
-	for (;;) {
-		struct place place, again;
+	while (!atomic_load(&session->stopping)) {
 		enum frame_error error = FRAME_OK;
-		enum uffd_result result;
+		struct place place, again;
 		enum fill_result ret;
-		enum state state;
 
 		pthread_rwlock_rdlock(&session->lock);
-		place = look_up(session, address);
+		place = look_up(session, fault->address);
 		pthread_rwlock_unlock(&session->lock);
-		if (place.known && place.entry & ENTRY_MOVING)
-			return FILL_LATER; /* in a stop: the entry is decided at its end */
-		state = place.known ? ENTRY_STATE(place.entry) : ST_NONE;
-		if (state == ST_STORED) {
+		if (place.not_now)
+			return FILL_LATER;
+		if (place.known && ENTRY_STATE(place.entry) == ST_STORED)
 			error = load_frame(session, filler, place.entry, nowait);
-			if (error == FRAME_WOULD_BLOCK)
-				return FILL_WOULD_BLOCK;
-		} else if (state == ST_ASIDE) {
-			long n = place.aside ? aside_read(atomic_load(&session->pid), place.aside, filler->page, PAGE)
-					     : -EFAULT;
-
-			/* After an exec the process lives on, and its memory does not. */
-			if (n == -ESRCH || (n != (long)PAGE && !sn_session_alive(session)))
-				return FILL_GONE;
-			if (n != (long)PAGE) { /* dropped meanwhile, or this fill would be late: look anew */
-				if (nowait)
-					return FILL_LATER;
-				usleep(100);
-				continue;
-			}
-		}
+		else if (place.known && ENTRY_STATE(place.entry) == ST_ASIDE)
+			error = load_aside(session, filler, &place);
+		if (error == FRAME_WOULD_BLOCK)
+			return FILL_WOULD_BLOCK;
+		if (error == FRAME_GONE)
+			return FILL_GONE;
 		pthread_rwlock_rdlock(&session->lock);
-		again = look_up(session, address);
-		if (!same_place(&place, &again)) {
+		again = look_up(session, fault->address);
+		if (same_place(&place, &again)) {
+			ret = put_page(session, filler, &place, fault, error);
 			pthread_rwlock_unlock(&session->lock);
-			continue;
-		}
-		switch (state) {
-		case ST_STORED:
-		case ST_ASIDE:
-			if (error != FRAME_OK) {
-				ret = poison(session, &place, address, (int)error);
-				break;
-			}
-			/* A page that equals its frame is write-protected: PAGEMAP_SCAN tells later whether it
-			 * still does. */
-			result = uffd_copy(session->uffd, address, filler->page, PAGE,
-					   state == ST_STORED ? SNAPD_UFFDIO_COPY_MODE_WP : 0, NULL);
-			filler->from_store = result == UFFD_DONE && state == ST_STORED;
-			if (result == UFFD_DONE)
-				now_present(session, &place);
-			ret = result_of(session, address, result);
-			break;
-		case ST_BAD:
-			ret = poison(session, &place, address, 0);
-			break;
-		default:
-			/* Fresh memory. Also what was filled or guarded and is missing again: it was discarded by a way
-			 * that raises no event (a guard, installed and removed), and such pages read as zeros. Where it
-			 * is present after all (a second message of one fault), the answer is EEXIST and a wake-up. */
-			filler->unknown = !place.recorded;
-			ret = fill_zero(session, &place, address, write || state == ST_FILLED);
+			return ret;
 		}
 		pthread_rwlock_unlock(&session->lock);
-		return ret;
 	}
+	return FILL_LATER;
+}
+
+uint64_t fill_delay_ns(enum fill_result result)
+{
+	return result == FILL_NO_MEMORY ? MEMORY_NS : result == FILL_TROUBLE ? TROUBLE_NS : LATER_NS;
 }
 
 void fill_count(struct sn_session *session, uint64_t since_ns)
@@ -304,7 +352,7 @@ void *filler_main(void *arg)
 	}
 	prefer_thread();
 	while (take(session, &fault)) {
-		enum fill_result result = fill_page(session, &filler, fault.address, fault.write, false);
+		enum fill_result result = fill_page(session, &filler, &fault, false);
 
 		if (result == FILL_DONE) {
 			fill_count(session, fault.since_ns);
@@ -312,7 +360,7 @@ void *filler_main(void *arg)
 			session_gone(session);
 		} else {
 			COUNT(session, retries);
-			fault.due_ns = now_ns() + (result == FILL_NO_MEMORY ? 10000000 : 30000);
+			fault.due_ns = now_ns() + fill_delay_ns(result);
 			if (fill_queue(session, fault))
 				uffd_wake(session->uffd, fault.address, PAGE);
 		}

@@ -162,7 +162,20 @@ static inline void store_unhold_entry(struct sn_store *store, uint64_t e)
 
 #define FRAME_HEADER 8
 #define FRAME_MAX (FRAME_HEADER + PAGE)
-enum frame_error { FRAME_OK, FRAME_WOULD_BLOCK, FRAME_BAD_CHECK, FRAME_BAD_DECODE, FRAME_BAD_READ, FRAME_BAD_ENTRY };
+/* The numbers are those of notices. NO_MEMORY and NOT_READ say nothing of the frame, it may be had later; GONE: the
+ * target's memory. */
+enum frame_error {
+	FRAME_OK,
+	FRAME_WOULD_BLOCK,
+	FRAME_BAD_CHECK,
+	FRAME_BAD_DECODE,
+	FRAME_BAD_READ,
+	FRAME_BAD_ENTRY,
+	FRAME_NO_MEMORY,
+	FRAME_NOT_READ,
+	FRAME_LOST_ASIDE,
+	FRAME_GONE
+};
 
 struct frame_packer; /* a compression context */
 struct frame_opener; /* a decompression context */
@@ -189,6 +202,8 @@ enum frame_error frame_open(struct frame_opener *opener, const struct sn_store *
 struct fault {
 	uint64_t address, since_ns, due_ns;
 	bool write;
+	bool unasked; /* brought in by us: nobody waits for it, and a guard may be there */
+	unsigned char troubles; /* how often it could not be had */
 };
 
 struct filler { /* one thread's means of filling */
@@ -208,7 +223,8 @@ struct robust;
 struct sn_session {
 	uint64_t id;
 	atomic_int pid;
-	int uffd, agent_sock, wake_fd, maps_fd, pagemap_fd;
+	int uffd, agent_sock, wake_fd;
+	atomic_int maps_fd, pagemap_fd, mem_fd, process_fd; /* of the userfaultfd's own, or -1: memory.c */
 	int agent_tids[2];
 	uint64_t sentinel;
 	struct sn_session *source; /* whose staging a forked child's pages are in, until they are copied; else NULL */
@@ -226,6 +242,7 @@ struct sn_session {
 	atomic_bool hurry; /* the daemon ends: nobody is waited for as long as usual */
 	pthread_rwlock_t lock;
 	bool in_stop; /* all but the agent stands: events are our own */
+	bool unseen;  /* pages have moved and were not looked at: nothing may be filled, the asides are the truth */
 	atomic_bool forked; /* pages may be shared with a child */
 
 	pthread_t reader, fillers[MAX_FILLERS];
@@ -240,6 +257,7 @@ struct sn_session {
 
 	atomic_int fork_copies; /* children that still read our staging */
 	struct sn_piece *inflight[MAX_INFLIGHT];
+	struct hold *_Atomic hold; /* for whoever works on pieces: while one is in flight */
 	struct sn_stats stats; /* counters by relaxed atomics */
 };
 
@@ -299,18 +317,28 @@ int uffd_register(int uffd, uint64_t start, uint64_t bytes, uint64_t mode);
 int uffd_unregister(int uffd, uint64_t start, uint64_t bytes);
 long pagemap_scan(int fd, uint64_t start, uint64_t end, uint64_t anyof, uint64_t ret_mask, uint64_t max_pages,
 		  struct snapd_page_region *regions, uint64_t capacity, uint64_t *ret_end);
-/* Reads the aside: the caller knows that the pages have memory. Returns bytes or a negative errno. */
-long aside_read(int pid, uint64_t from, void *to, uint64_t bytes);
+
+/* memory.c */
+int memory_open(struct sn_session *session); /* 0 when it is open; -ESTALE: the process is not the userfaultfd's */
+void memory_close(struct sn_session *session);
+long memory_read(struct sn_session *session, uint64_t from, void *to, uint64_t bytes);
+bool memory_is_ending(struct sn_session *session);
+bool memory_is_freed(struct sn_session *session, uint64_t address);
+bool memory_has_guard(struct sn_session *session, uint64_t start, uint64_t npages);
+
+/* hold.c */
+int hold_take(struct sn_session *session); /* 0 when the memory stays until hold_release */
+void hold_release(struct sn_session *session);
 
 /* reader.c */
 void *reader_main(void *session);
 
 /* fill.c */
-enum fill_result { FILL_DONE, FILL_LATER, FILL_NO_MEMORY, FILL_WOULD_BLOCK, FILL_GONE };
+enum fill_result { FILL_DONE, FILL_LATER, FILL_NO_MEMORY, FILL_TROUBLE, FILL_WOULD_BLOCK, FILL_GONE };
 int filler_init(struct filler *filler);
 void filler_deinit(struct filler *filler);
-enum fill_result fill_page(struct sn_session *session, struct filler *filler, uint64_t address, bool write,
-	bool nowait);
+enum fill_result fill_page(struct sn_session *session, struct filler *filler, struct fault *fault, bool nowait);
+uint64_t fill_delay_ns(enum fill_result result); /* until it is worth another try */
 void fill_count(struct sn_session *session, uint64_t since_ns);
 int fill_queue(struct sn_session *session, struct fault fault);
 void *filler_main(void *session);
@@ -327,15 +355,12 @@ struct bulk {
 	struct frame_opener *opener;
 	unsigned char *pages, *frames;
 	bool keep_frames;
-	int pagemap;
 	uint64_t filled;
 };
 int bulk_init(struct bulk *bulk, struct sn_session *session, bool keep_frames);
 void bulk_deinit(struct bulk *bulk);
-bool bulk_see(struct bulk *bulk);
 bool bulk_next(struct sn_session *session, uint64_t *at, uint64_t end, struct run *ret);
 uint64_t bulk_decode(struct bulk *bulk, const struct run *run, bool nowait);
-bool bulk_has_guard(const struct bulk *bulk, uint64_t start, uint64_t npages);
 int bulk_copy(struct bulk *bulk, const struct run *run, uint64_t good);
 
 /* prefetch.c */

@@ -5,8 +5,6 @@
 #include "internal.h"
 
 #include <errno.h>
-#include <fcntl.h>
-#include <stdio.h>
 #include <sys/ioctl.h>
 #include <unistd.h>
 
@@ -16,35 +14,6 @@
 #define LOOK                                                                                                           \
 	(SNAPD_PAGE_IS_WRITTEN | SNAPD_PAGE_IS_PRESENT | SNAPD_PAGE_IS_SWAPPED | SNAPD_PAGE_IS_PFNZERO |               \
 	 SNAPD_PAGE_IS_HUGE | SNAPD_PAGE_IS_GUARD)
-
-struct files {
-	int pagemap, maps, mem;
-};
-
-static int open_files(int pid, struct files *ret)
-{
-	char path[64];
-
-	snprintf(path, sizeof(path), "/proc/%d/pagemap", pid);
-	ret->pagemap = open(path, O_RDONLY | O_CLOEXEC);
-	snprintf(path, sizeof(path), "/proc/%d/maps", pid);
-	ret->maps = open(path, O_RDONLY | O_CLOEXEC);
-	snprintf(path, sizeof(path), "/proc/%d/mem", pid);
-	ret->mem = open(path, O_RDONLY | O_CLOEXEC);
-	if (ret->pagemap >= 0 && ret->maps >= 0 && ret->mem >= 0)
-		return 0;
-	return -errno;
-}
-
-static void close_files(struct files *files)
-{
-	if (files->pagemap >= 0)
-		close(files->pagemap);
-	if (files->maps >= 0)
-		close(files->maps);
-	if (files->mem >= 0)
-		close(files->mem);
-}
 
 static int stage(struct sn_piece *piece)
 {
@@ -62,13 +31,12 @@ static int stage(struct sn_piece *piece)
 }
 
 /* The mapping is still what was chosen, and nothing in it may not move. Returns an outcome. */
-static int recheck(const struct sn_piece *piece, const struct span *span, const struct files *files,
-		   struct snapd_procmap_query *vma)
+static int recheck(const struct sn_piece *piece, const struct span *span, struct snapd_procmap_query *vma)
 {
 	uint64_t end = span->start + span_bytes(span);
 
 	*vma = (struct snapd_procmap_query){.size = sizeof(*vma), .query_addr = span->start};
-	if (ioctl(files->maps, SNAPD_PROCMAP_QUERY, vma))
+	if (ioctl(atomic_load(&piece->session->maps_fd), SNAPD_PROCMAP_QUERY, vma))
 		return errno == ESRCH ? SN_GONE : SN_CHANGED;
 	if (vma->vma_start > span->start || vma->vma_end < end || vma->inode || vma->dev_major || vma->dev_minor ||
 	    !(vma->vma_flags & SNAPD_PROCMAP_VMA_READABLE) || !(vma->vma_flags & SNAPD_PROCMAP_VMA_WRITABLE) ||
@@ -80,11 +48,10 @@ static int recheck(const struct sn_piece *piece, const struct span *span, const 
 
 /* Registers the whole mapping: a part would split it, and the program's own mremap across the split fails. Records at
  * addresses that were not watched belong to a mapping that is gone. */
-static int watch(struct sn_piece *piece, struct span *span, const struct files *files,
-		 const struct snapd_procmap_query *vma)
+static int watch(struct sn_piece *piece, struct span *span, const struct snapd_procmap_query *vma)
 {
 	struct sn_session *session = piece->session;
-	bool watched = sn_watched(files->pagemap, span->start) == 1;
+	bool watched = sn_watched(atomic_load(&session->pagemap_fd), span->start) == 1;
 	struct table *table;
 	long n;
 
@@ -216,7 +183,7 @@ static void claim(struct sn_piece *piece)
 	for (int i = 0; i < piece->nspans; i++)
 		if (piece->spans[i].outcome == SN_MOVED)
 			set_moving(piece, &piece->spans[i], true);
-	session->in_stop = true;
+	session->in_stop = session->unseen = true;
 	pthread_rwlock_unlock(&session->lock);
 }
 
@@ -296,6 +263,8 @@ static int move(struct sn_piece *piece)
 			 * been. */
 			if (move_back(session, span->aside, span->start, span_bytes(span)) == 0)
 				span->aside = 0;
+			else
+				span->keep_aside = true; /* all that is left of these pages */
 			unclaim(piece, span, SN_CHANGED);
 		}
 	}
@@ -311,12 +280,12 @@ static uint64_t entry_of(const struct sn_piece *piece, uint64_t page, long *segm
 }
 
 /* What the aside holds decides each page, whatever its entry said. */
-static int look(struct sn_piece *piece, struct span *span, const struct files *files, struct sn_piece_report *ret)
+static int look(struct sn_piece *piece, struct span *span, struct sn_piece_report *ret)
 {
 	_Atomic uint64_t *entries = piece->session->pm.entries;
 	long segment = span->first_segment, n;
 
-	n = pagemap_scan(files->pagemap, span->aside, span->aside + span_bytes(span),
+	n = pagemap_scan(atomic_load(&piece->session->pagemap_fd), span->aside, span->aside + span_bytes(span),
 			 SNAPD_PAGE_IS_PRESENT | SNAPD_PAGE_IS_SWAPPED | SNAPD_PAGE_IS_GUARD, LOOK, 0, piece->regions,
 			 span->npages + 1, NULL);
 	if (n < 0)
@@ -610,8 +579,17 @@ static void settle(struct sn_piece *piece, struct sn_piece_report *ret)
 	pthread_rwlock_unlock(&session->lock);
 }
 
+/* From here on a page that comes into an aside changes no decision. The agent's own write fault in the pin pass may
+ * bring one in, where the kernel took what had been freed lazily. */
+static void all_seen(struct sn_session *session)
+{
+	pthread_rwlock_wrlock(&session->lock);
+	session->unseen = false;
+	pthread_rwlock_unlock(&session->lock);
+}
+
 /* Everything between the stop's two ends. Each span is either moved whole or as it was. */
-static int inside_stop(struct sn_piece *piece, const struct files *files, struct sn_piece_report *ret)
+static int inside_stop(struct sn_piece *piece, struct sn_piece_report *ret)
 {
 	struct snapd_procmap_query vma;
 	int error;
@@ -619,9 +597,9 @@ static int inside_stop(struct sn_piece *piece, const struct files *files, struct
 	for (int i = 0; i < piece->nspans; i++) {
 		struct span *span = &piece->spans[i];
 
-		span->outcome = recheck(piece, span, files, &vma);
+		span->outcome = recheck(piece, span, &vma);
 		if (span->outcome == SN_MOVED)
-			span->outcome = watch(piece, span, files, &vma);
+			span->outcome = watch(piece, span, &vma);
 	}
 	claim(piece);
 	error = move(piece);
@@ -632,7 +610,7 @@ static int inside_stop(struct sn_piece *piece, const struct files *files, struct
 			unclaim(piece, span, error == -EPIPE ? SN_GONE : SN_FAILED);
 		if (span->outcome != SN_MOVED)
 			continue;
-		span->cause = look(piece, span, files, ret);
+		span->cause = look(piece, span, ret);
 		if (!span->cause)
 			continue;
 		/* Not to be known: back as it was, or served from where it is. */
@@ -644,6 +622,7 @@ static int inside_stop(struct sn_piece *piece, const struct files *files, struct
 			span->keep_aside = true;
 		}
 	}
+	all_seen(piece->session);
 	install_guards(piece, ret);
 	pin_pass(piece);
 	for (int i = 0; i < piece->nspans; i++)
@@ -674,11 +653,11 @@ static void keep_moved_segments(struct sn_piece *piece)
 static void move_piece(struct sn_piece *piece, struct sn_piece_report *ret)
 {
 	struct sn_session *session = piece->session;
-	struct files files = {-1, -1, -1};
 	uint64_t began;
-	int error;
+	int error = memory_open(session);
 
-	error = open_files(atomic_load(&session->pid), &files);
+	if (!error)
+		error = hold_take(session);
 	if (!error)
 		error = stage(piece);
 	if (error) {
@@ -697,11 +676,11 @@ static void move_piece(struct sn_piece *piece, struct sn_piece_report *ret)
 		if (ret->outcome == SN_MOVED && mover_ready(session) == MOVER_FILTERED)
 			ret->outcome = SN_FILTERED;
 		if (ret->outcome == SN_MOVED)
-			ret->cause = robust_look(session, files.mem);
+			ret->cause = robust_look(session, atomic_load(&session->mem_fd));
 		if (ret->outcome == SN_MOVED && ret->cause)
 			ret->outcome = SN_BUSY;
 		if (ret->outcome == SN_MOVED)
-			ret->outcome = inside_stop(piece, &files, ret);
+			ret->outcome = inside_stop(piece, ret);
 		else
 			piece->nspans = 0;
 		stop_end(session->stop);
@@ -720,7 +699,6 @@ static void move_piece(struct sn_piece *piece, struct sn_piece_report *ret)
 		mover_unmap(session, staging);
 		piece->staging = 0;
 	}
-	close_files(&files);
 }
 
 struct move_job {

@@ -12,13 +12,13 @@
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
-#include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
 
 #define BATCH_PAGES 248 /* the frames of a batch, all raw, fit a segment */
 #define MAX_JOBS 65536
 #define MAX_PACKERS 64
+#define READ_TRIES 20
 
 _Static_assert(BATCH_PAGES * FRAME_MAX <= SEGMENT_BYTES, "a batch fits a segment");
 
@@ -126,20 +126,56 @@ static int write_batch(struct sn_piece *piece, struct batch *batch, struct sn_pa
 	return error;
 }
 
-/* Reads only pages that are aside: a missing page of the staging would make this thread wait for a fill of its own. */
+/* A page that can't be read is zeros when it was freed lazily and taken by the kernel. Otherwise its memory or the swap
+ * that it is in may be there again in a moment. */
+static int read_hard_page(struct sn_session *session, uint64_t from, void *page)
+{
+	for (int tries = 0; tries < READ_TRIES; tries++) {
+		long n = memory_read(session, from, page, PAGE);
+
+		if (n == (long)PAGE || n == -ESRCH)
+			return n < 0 ? (int)n : 0;
+		if (memory_is_freed(session, from)) {
+			memset(page, 0, PAGE);
+			return 0;
+		}
+		usleep(10000);
+	}
+	return -EIO;
+}
+
+/* Reads the batch's pages from the staging, neighbours at once. */
+static int read_batch(const struct job *job, struct batch *batch)
+{
+	struct sn_session *session = job->piece->session;
+	int upto, error = 0;
+
+	for (int i = 0; i < batch->n && !error; i = upto) {
+		uint64_t from = job->staging + (batch->page[i] - job->base) * PAGE;
+		unsigned char *to = batch->pages + (uint64_t)i * PAGE;
+		long n;
+
+		for (upto = i + 1; upto < batch->n && batch->page[upto] == batch->page[upto - 1] + 1; upto++)
+			;
+		n = memory_read(session, from, to, (uint64_t)(upto - i) * PAGE);
+		if (n < (long)PAGE)
+			error = n == -ESRCH ? -ESRCH : read_hard_page(session, from, to);
+		upto = i + (int)max_u64(n > 0 ? (uint64_t)n / PAGE : 0, 1);
+	}
+	return error;
+}
+
 static int pack_job(const struct job *job, struct frame_packer *packer, struct batch *batch,
 	struct sn_pack_report *report)
 {
 	struct sn_session *session = job->piece->session;
-	struct iovec local, remote[BATCH_PAGES];
-	int nruns = 0;
-	ssize_t n;
+	int kept = 0, error;
 
+	if (memory_is_ending(session)) /* what is held of it is in nobody's way for longer than it must be */
+		return -ESRCH;
 	batch->n = 0;
 	batch->used = 0;
 	for (uint64_t k = 0; k < job->npages; k++) {
-		char *from = (char *)(uintptr_t)(job->staging + k * PAGE);
-
 		/* What could not go back to its address is not in the staging, and served from where it is. A snapshot
 		 * wants the page as the stop found it, also when the program has it back by now. */
 		if (job->piece->decisions[job->base + k] != DIRTY ||
@@ -147,19 +183,10 @@ static int pack_job(const struct job *job, struct frame_packer *packer, struct b
 			continue;
 		batch->page[batch->n] = job->base + k;
 		batch->index[batch->n++] = job->first + k;
-		if (nruns && (char *)remote[nruns - 1].iov_base + remote[nruns - 1].iov_len == from)
-			remote[nruns - 1].iov_len += PAGE;
-		else
-			remote[nruns++] = (struct iovec){from, PAGE};
 	}
-	if (!batch->n)
-		return 0;
-	local = (struct iovec){batch->pages, (size_t)batch->n * PAGE};
-	n = process_vm_readv(atomic_load(&session->pid), &local, 1, remote, (unsigned long)nruns, 0);
-	if (n != (ssize_t)local.iov_len)
-		return n < 0 ? -errno : -EFAULT;
-	int kept = 0;
-
+	error = read_batch(job, batch);
+	if (error)
+		return error;
 	for (int i = 0; i < batch->n; i++) {
 		const unsigned char *page = batch->pages + (uint64_t)i * PAGE;
 

@@ -70,9 +70,11 @@ struct sn_piece *sn_piece_create(struct sn_session *session, const uint64_t *int
 	return piece;
 }
 
+/* With the last piece goes the hold on the target's memory, but not before the children have their copies. */
 void sn_piece_free(struct sn_piece *piece)
 {
 	struct sn_session *session = piece->session;
+	bool last = true;
 
 	/* Nobody may read the event of an unmap that comes after the session's end. */
 	if (piece->staging && piece->dropped < piece->staging_bytes)
@@ -82,7 +84,13 @@ void sn_piece_free(struct sn_piece *piece)
 		session->inflight[piece->slot] = NULL;
 		memset(&session->pm.header->intents[piece->slot * MAX_SPANS], 0, MAX_SPANS * sizeof(struct intent));
 	}
+	for (int i = 0; i < MAX_INFLIGHT; i++)
+		last &= !session->inflight[i];
 	pthread_rwlock_unlock(&session->lock);
+	while (last && atomic_load(&session->fork_copies))
+		usleep(200);
+	if (last)
+		hold_release(session);
 	pthread_mutex_destroy(&piece->lock);
 	pthread_cond_destroy(&piece->done);
 	piece_forget_kept(piece);
@@ -97,6 +105,7 @@ int sn_piece_return(struct sn_piece *piece)
 {
 	struct sn_session *session = piece->session;
 	struct filler filler;
+	struct fault fault;
 	int ret = filler_init(&filler);
 
 	if (ret)
@@ -111,12 +120,13 @@ int sn_piece_return(struct sn_piece *piece)
 			pthread_rwlock_unlock(&session->lock);
 			if (!address)
 				continue;
+			fault = (struct fault){.address = address, .write = true, .unasked = true};
 			for (int tries = 0; tries < 1000; tries++) {
-				enum fill_result result = fill_page(session, &filler, address, true, false);
+				enum fill_result result = fill_page(session, &filler, &fault, false);
 
 				if (result == FILL_GONE)
 					ret = -ESRCH;
-				if (result != FILL_LATER)
+				if (result != FILL_LATER && result != FILL_TROUBLE)
 					break;
 				usleep(100);
 			}

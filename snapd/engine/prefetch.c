@@ -67,16 +67,18 @@ void prefetch_note(struct prefetch *prefetch, uint64_t address)
 bool prefetch_step(struct prefetch *prefetch)
 {
 	uint64_t end = min_u64(prefetch->end, prefetch->at + STEP_PAGES * PAGE);
+	struct sn_session *session = prefetch->bulk.session;
 	struct run run;
 
 	if (prefetch->at >= prefetch->end)
 		return false;
-	while (prefetch->at < end && bulk_see(&prefetch->bulk) &&
-	       bulk_next(prefetch->bulk.session, &prefetch->at, end, &run)) {
+	/* Without a look at the pagemap guards can't be seen. */
+	while (prefetch->at < end && atomic_load(&session->pagemap_fd) >= 0 &&
+	       bulk_next(session, &prefetch->at, end, &run)) {
 		uint64_t good;
 
 		if (ENTRY_STATE(run.entries[0]) != ST_STORED || run.entries[0] & ENTRY_MOVING ||
-		    bulk_has_guard(&prefetch->bulk, run.start, run.n))
+		    memory_has_guard(session, run.start, run.n))
 			continue;
 		good = bulk_decode(&prefetch->bulk, &run, true);
 		if (bulk_copy(&prefetch->bulk, &run, good) || good < run.n) {

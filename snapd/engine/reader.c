@@ -11,12 +11,10 @@
 #include <unistd.h>
 
 #define MAX_PENDING 1024
-#define RETRY_NS 30000ULL
-#define RETRY_MEMORY_NS 10000000ULL
 #define WAIT_NS 5000000000ULL
 #define PAUSE_US 20 /* the thread that is in the call may need this very CPU */
 #define PROBE_NS 500000000ULL
-#define COPY_PAGES 64
+#define COPY_TRIES 20
 
 struct pending {
 	struct fault faults[MAX_PENDING];
@@ -133,7 +131,7 @@ static uint64_t serve(struct sn_session *session, struct filler *filler, struct 
 			/* Several at once: the other CPU takes a share. */
 			if (i && (i & 1) && fill_queue(session, fault) == 0)
 				continue;
-			result = fill_page(session, filler, fault.address, fault.write, true);
+			result = fill_page(session, filler, &fault, true);
 			if (result == FILL_DONE) {
 				fill_count(session, fault.since_ns);
 				if (filler->from_store)
@@ -152,7 +150,7 @@ static uint64_t serve(struct sn_session *session, struct filler *filler, struct 
 				continue;
 			}
 			COUNT(session, retries);
-			fault.due_ns = now_ns() + (result == FILL_NO_MEMORY ? RETRY_MEMORY_NS : RETRY_NS);
+			fault.due_ns = now_ns() + fill_delay_ns(result);
 		}
 		if (!next || fault.due_ns < next)
 			next = fault.due_ns;
@@ -162,7 +160,10 @@ static uint64_t serve(struct sn_session *session, struct filler *filler, struct 
 	return next;
 }
 
-static void give_page(struct sn_session *session, uint64_t index, const void *page, bool lost, struct pending *pending)
+enum copy { COPY_PAGE, COPY_NOTHING, COPY_POISON };
+
+static void give_page(struct sn_session *session, uint64_t index, const void *page, enum copy copy,
+		      struct pending *pending)
 {
 	for (;;) {
 		enum uffd_result result = UFFD_DONE;
@@ -174,17 +175,17 @@ static void give_page(struct sn_session *session, uint64_t index, const void *pa
 			pthread_rwlock_unlock(&session->lock);
 			return;
 		}
-		result = lost ? uffd_poison(session->uffd, address, PAGE)
-			      : uffd_copy(session->uffd, address, page, PAGE, 0, NULL);
+		if (copy != COPY_NOTHING)
+			result = copy == COPY_POISON ? uffd_poison(session->uffd, address, PAGE)
+						     : uffd_copy(session->uffd, address, page, PAGE, 0, NULL);
 		if (result != UFFD_AGAIN && result != UFFD_NO_MEMORY)
-			atomic_store(&session->pm.entries[index], lost ? ST_BAD : ST_NONE);
+			atomic_store(&session->pm.entries[index], copy == COPY_POISON ? ST_BAD : ST_NONE);
 		pthread_rwlock_unlock(&session->lock);
 		if (result == UFFD_GONE)
 			session_gone(session);
-		if (result == UFFD_DONE && lost)
+		if (result == UFFD_DONE && copy == COPY_POISON)
 			notify(&(struct sn_notice){.kind = SN_NOTICE_BAD_FRAME, .session = session->id,
-				.address = address,
-						   .cause = -ESRCH});
+				.address = address, .cause = FRAME_LOST_ASIDE});
 		if (result != UFFD_AGAIN && result != UFFD_NO_MEMORY)
 			return;
 		drain(session, pending);
@@ -192,15 +193,31 @@ static void give_page(struct sn_session *session, uint64_t index, const void *pa
 	}
 }
 
+/* What was freed lazily and taken by the kernel stays missing in the child, which reads as zeros. What can't be read
+ * for another reason raises SIGBUS there: never zeros, never other data. */
+static enum copy take_page(struct sn_session *source, uint64_t from, void *page)
+{
+	for (int tries = 0; tries < COPY_TRIES; tries++) {
+		if (memory_read(source, from, page, PAGE) == (long)PAGE)
+			return COPY_PAGE;
+		if (memory_is_freed(source, from))
+			return COPY_NOTHING;
+		if (memory_is_ending(source)) /* the kernel takes its memory: no try brings it back */
+			break;
+		usleep(10000);
+	}
+	return COPY_POISON;
+}
+
 /* A fork in the middle of a dump: pages that are aside in the parent come to the child before any answer to its
- * faults. A parent that is killed meanwhile takes them along: poison, never zeros. */
+ * faults. Their memory is held meanwhile, also when the parent exits. */
 static void copy_aside(struct sn_session *session, struct pending *pending)
 {
 	struct table *table = malloc(sizeof(*table));
-	unsigned char *pages = malloc(COPY_PAGES * PAGE);
+	unsigned char *page = malloc(PAGE);
 	struct sn_session *source = session->source;
 
-	if (table && pages) {
+	if (table && page) {
 		pthread_rwlock_rdlock(&session->lock);
 		table->nrecords = pm_table(&session->pm)->nrecords;
 		memcpy(table->records, pm_table(&session->pm)->records, table->nrecords * sizeof(struct record));
@@ -210,20 +227,14 @@ static void copy_aside(struct sn_session *session, struct pending *pending)
 
 			for (uint64_t k = 0; record->aside && k < record->npages; k++) {
 				uint64_t index = record->first + k, from = record->aside + k * PAGE;
-				bool lost;
 
-				if (ENTRY_STATE(session->pm.entries[index]) != ST_ASIDE)
-					continue;
-				/* It is read by its pid, which may be another program's by now: what was read counts
-				 * only if the memory that it was meant for is there even after it. */
-				lost = aside_read(atomic_load(&source->pid), from, pages, PAGE) != (long)PAGE ||
-				       !sn_session_alive(source);
-				give_page(session, index, pages, lost, pending);
+				if (ENTRY_STATE(session->pm.entries[index]) == ST_ASIDE)
+					give_page(session, index, page, take_page(source, from, page), pending);
 			}
 		}
 	}
 	free(table);
-	free(pages);
+	free(page);
 	pthread_rwlock_wrlock(&session->lock);
 	table = pm_edit(&session->pm);
 	for (uint64_t i = 0; i < table->nrecords; i++)
@@ -252,6 +263,7 @@ void *reader_main(void *arg)
 	prefer_thread();
 	if (session->source)
 		copy_aside(session, pending);
+	next = serve(session, &filler, prefetch, pending); /* what was asked for meanwhile */
 	while (!atomic_load(&session->stopping)) {
 		struct pollfd fds[2] = {{.fd = session->uffd, .events = POLLIN},
 					{.fd = session->wake_fd, .events = POLLIN}};

@@ -20,8 +20,12 @@ struct work {
 /* One page by the way of a demand fill: the aside, poison, or whatever it has become. */
 static int fill_single(struct work *work, uint64_t address)
 {
+	struct fault fault = {.address = address, .write = true, .unasked = true};
+
 	for (int tries = 0; tries < MAX_TRIES; tries++) {
-		switch (fill_page(work->session, &work->filler, address, true, false)) {
+		enum fill_result result = fill_page(work->session, &work->filler, &fault, false);
+
+		switch (result) {
 		case FILL_DONE:
 			work->filled++;
 			return 0;
@@ -29,6 +33,9 @@ static int fill_single(struct work *work, uint64_t address)
 			return -ESRCH;
 		case FILL_NO_MEMORY:
 			return -ENOMEM;
+		case FILL_TROUBLE:
+			usleep((useconds_t)(fill_delay_ns(result) / 1000));
+			break;
 		default:
 			usleep(RETRY_US);
 		}
@@ -41,19 +48,11 @@ static int restore_run(struct work *work, const struct run *run)
 	uint64_t good;
 
 	if (ENTRY_STATE(run->entries[0]) != ST_STORED || run->entries[0] & ENTRY_MOVING ||
-	    bulk_has_guard(&work->bulk, run->start, run->n)) {
+	    memory_has_guard(work->session, run->start, run->n)) {
 		int error = 0;
 
 		for (uint64_t k = 0; k < run->n && !error; k++)
-			if (bulk_has_guard(&work->bulk, run->start + k * PAGE, 1)) {
-				uint64_t old = run->entries[k];
-
-				if (atomic_compare_exchange_strong(&work->session->pm.entries[run->first + k], &old,
-								   ST_GUARD))
-					store_unhold_entry(work->session->store, old);
-			} else {
-				error = fill_single(work, run->start + k * PAGE);
-			}
+			error = fill_single(work, run->start + k * PAGE);
 		return error;
 	}
 	good = bulk_decode(&work->bulk, run, false);
@@ -78,7 +77,6 @@ int sn_restore(struct sn_session *session, uint64_t start, uint64_t end, uint64_
 		filler_deinit(&work.filler);
 		return error;
 	}
-	bulk_see(&work.bulk);
 	/* What a pass leaves behind (an entry that changed under it) the next one takes. */
 	for (int pass = 0; pass < 8 && !error; pass++) {
 		struct run run;

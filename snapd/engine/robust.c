@@ -149,8 +149,8 @@ void robust_fill(struct sn_session *session)
 	uint64_t now = now_ns();
 
 	for (int i = 0; i < session->robust->nabsent; i++)
-		fill_queue(session, (struct fault){.address = session->robust->absent[i], .since_ns = now,
-			.due_ns = now});
+		fill_queue(session, (struct fault){.address = session->robust->absent[i], .unasked = true,
+			.since_ns = now, .due_ns = now});
 	session->robust->nabsent = 0;
 }
 

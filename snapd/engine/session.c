@@ -81,19 +81,6 @@ int sn_next_notice(struct sn_notice *ret)
 	return found;
 }
 
-/* Opens what of /proc the reader looks at; it may not be there for it. */
-static void session_see(struct sn_session *session)
-{
-	char path[64];
-
-	if (session->maps_fd >= 0 || !atomic_load(&session->pid))
-		return;
-	snprintf(path, sizeof(path), "/proc/%d/maps", atomic_load(&session->pid));
-	session->maps_fd = open(path, O_RDONLY | O_CLOEXEC);
-	snprintf(path, sizeof(path), "/proc/%d/pagemap", atomic_load(&session->pid));
-	session->pagemap_fd = open(path, O_RDONLY | O_CLOEXEC);
-}
-
 struct sn_session *session_new(const struct sn_target *target, struct sn_store *store, struct sn_session *source,
 			       int *ret_error)
 {
@@ -122,8 +109,7 @@ struct sn_session *session_new(const struct sn_target *target, struct sn_store *
 	session->id = atomic_fetch_add(&next_id, 1);
 	atomic_store(&session->pid, target->pid);
 	session->uffd = target->uffd;
-	session->maps_fd = session->pagemap_fd = -1;
-	session_see(session);
+	session->maps_fd = session->pagemap_fd = session->mem_fd = session->process_fd = -1;
 	session->sentinel = target->sentinel;
 	memcpy(session->agent_tids, target->agent_tids, sizeof(session->agent_tids));
 	mover_attach(session, target->agent_sock);
@@ -175,10 +161,8 @@ static void session_free(struct sn_session *session)
 	if (session->uffd >= 0)
 		close(session->uffd);
 	mover_detach(session);
-	if (session->maps_fd >= 0)
-		close(session->maps_fd);
-	if (session->pagemap_fd >= 0)
-		close(session->pagemap_fd);
+	hold_release(session);
+	memory_close(session);
 	close(session->wake_fd);
 	free(session->scratch);
 	stop_destroy(session->stop);
@@ -192,22 +176,8 @@ static void session_free(struct sn_session *session)
 	free(session);
 }
 
-struct sn_session *sn_session_create(const struct sn_target *target, struct sn_store *store, int *ret_error)
-{
-	struct sn_session *session = session_new(target, store, NULL, ret_error);
-
-	if (!session)
-		return NULL;
-	*ret_error = session_start(session);
-	if (*ret_error) {
-		session->uffd = session->agent_sock = session->pm.fd = -1; /* still the caller's */
-		session_free(session);
-		return NULL;
-	}
-	return session;
-}
-
-void sn_session_close(struct sn_session *session)
+/* Ends the session's threads, and waits for children that still read its memory. */
+static void session_quiet(struct sn_session *session)
 {
 	uint64_t one = 1;
 
@@ -222,6 +192,34 @@ void sn_session_close(struct sn_session *session)
 		pthread_join(session->fillers[i], NULL);
 	while (atomic_load(&session->fork_copies)) /* a child still reads our staging: it ends soon */
 		usleep(1000);
+}
+
+struct sn_session *sn_session_create(const struct sn_target *target, struct sn_store *store, int *ret_error)
+{
+	struct sn_session *session = session_new(target, store, NULL, ret_error);
+
+	if (!session)
+		return NULL;
+	*ret_error = session_start(session);
+	if (!*ret_error && target->pid) {
+		*ret_error = memory_open(session);
+		/* A plain user may not look into every program of its own: then it is served, and not dumped. */
+		if (*ret_error == -EACCES || *ret_error == -EPERM)
+			*ret_error = 0;
+		if (*ret_error)
+			session_quiet(session);
+	}
+	if (*ret_error) {
+		session->uffd = session->agent_sock = session->pm.fd = -1; /* still the caller's */
+		session_free(session);
+		return NULL;
+	}
+	return session;
+}
+
+void sn_session_close(struct sn_session *session)
+{
+	session_quiet(session);
 	session_free(session);
 }
 
@@ -302,13 +300,19 @@ int sn_session_pid(struct sn_session *session)
 	return atomic_load(&session->pid);
 }
 
-void sn_session_set_pid(struct sn_session *session, int pid)
+int sn_session_set_pid(struct sn_session *session, int pid)
 {
+	int error;
+
 	atomic_store(&session->pid, pid);
-	session->pm.header->pid = pid;
-	pthread_rwlock_wrlock(&session->lock);
-	session_see(session);
-	pthread_rwlock_unlock(&session->lock);
+	error = memory_open(session);
+	if (error == -EACCES || error == -EPERM)
+		error = 0;
+	if (error)
+		atomic_store(&session->pid, 0);
+	else
+		session->pm.header->pid = pid;
+	return error;
 }
 
 void sn_session_bind(struct sn_session *session, int agent_sock, const int *tids)
@@ -407,8 +411,10 @@ int sn_session_mark(struct sn_session *session, int on)
 	}
 }
 
+/* A held address space outlives its program: then the program is asked for itself. */
 int sn_session_alive(struct sn_session *session)
 {
 	return !atomic_load(&session->gone) && uffd_wake(session->uffd, session->sentinel, PAGE) != UFFD_GONE &&
-	       uffd_zero(session->uffd, 0, PAGE) != UFFD_GONE;
+	       uffd_zero(session->uffd, 0, PAGE) != UFFD_GONE &&
+	       !(atomic_load(&session->hold) && memory_is_ending(session));
 }

@@ -1,4 +1,4 @@
-/* System calls on a userfaultfd, on /proc/PID/pagemap and on the target's memory: one wrapper each.
+/* System calls on a userfaultfd and on /proc/PID/pagemap: one wrapper each.
  *
  * Owns what an errno means; knows nothing of sessions.
  */
@@ -7,7 +7,6 @@
 #include <errno.h>
 #include <sys/ioctl.h>
 #include <sys/syscall.h>
-#include <sys/uio.h>
 #include <unistd.h>
 
 #define KCMP_VM 1
@@ -170,14 +169,6 @@ int sn_next_piece(int pagemap_fd, uint64_t start, uint64_t end, uint64_t max_pag
 		ret[2] += (to - from) / PAGE;
 	}
 	return n > 0;
-}
-
-long aside_read(int pid, uint64_t from, void *to, uint64_t bytes)
-{
-	struct iovec local = {to, bytes}, remote = {(void *)(uintptr_t)from, bytes};
-	ssize_t n = process_vm_readv(pid, &local, 1, &remote, 1, 0);
-
-	return n < 0 ? -errno : n;
 }
 
 int sn_same_memory(int pid, int other)

@@ -204,6 +204,11 @@ class RunningDump:
     def _progress(self, _: DumpProgress) -> None:
         self._moving.set()
 
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended yet."""
+        return self._thread.is_alive()
+
     def outcome(self, timeout_s: float = 60) -> DumpReport | Exception:
         """Return its report, or the error that it ended with."""
         self._thread.join(timeout_s)
