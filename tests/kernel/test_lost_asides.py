@@ -5,21 +5,28 @@ The dumps pack at a high level, so that pages stay aside for a while.
 
 import contextlib
 import ctypes
+import errno
+import fcntl
+import mmap
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from snapd import engine
 from snapd.errors import TargetGone
 from snapd.protocol.reports import DumpReport
+from snapd.store.writer import StoreWriter
 from tests.harness import Daemon, Spawner, Target, private_ranges, wait_until
-from tests.kernel.driving import MIB, RunningDump, out_bytes
+from tests.kernel.driving import MIB, PAGE, RunningDump, out_bytes
 
 HEAP_MIB = 24
 HEAP_PAGES = HEAP_MIB * 256
 SLOW_LEVEL = 19
 PROCESS_MADVISE = 440
 MADV_PAGEOUT = 21
+USERFAULTFD_IOC_NEW = 0xAA00
 
 
 class Iovec(ctypes.Structure):
@@ -76,8 +83,8 @@ def test_program_whose_leader_ends_in_a_dump_gets_its_pages(leaves: Target, daem
     assert leaves.ask("look", timeout_s=20)["right"] == HEAP_PAGES
     assert isinstance(dump.outcome(), DumpReport)
     assert leaves.ask("look", timeout_s=20)["right"] == HEAP_PAGES
-    leaves.quit()
     nobody_holds_on(daemon)
+    leaves.quit()
 
 
 def test_pages_that_are_freed_lazily_and_reclaimed_while_aside_are_packed_as_zeros(
@@ -129,3 +136,33 @@ def test_program_that_executes_another_in_a_dump_is_gone_and_the_other_is_served
     assert out_bytes(daemon, leaves.pid) > 0.9 * HEAP_MIB * MIB
     assert leaves.ask("look", timeout_s=20)["right"] == HEAP_PAGES
     leaves.quit()
+
+
+def test_a_userfaultfd_of_another_address_space_makes_no_session(tmp_path: Path, spawn_alone: Spawner) -> None:
+    # This very process is the target: nothing of it is dumped.
+    other = spawn_alone("hold", "--mib", 1)
+    with mmap.mmap(-1, PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as sentinel:
+        view = ctypes.c_char.from_buffer(sentinel)
+        address = ctypes.addressof(view)
+        device = os.open("/dev/userfaultfd", os.O_RDWR | os.O_CLOEXEC)
+        uffd = fcntl.ioctl(device, USERFAULTFD_IOC_NEW, os.O_CLOEXEC | os.O_NONBLOCK)
+        os.close(device)
+        engine.start(1)
+        engine.uffd_api(uffd, with_fork=False)
+        engine.uffd_register(uffd, address, PAGE)
+        writer = StoreWriter(tmp_path)
+        store_id, tail = writer.header.store_id, writer.end
+        store = engine.Store(writer.detach(), store_id, tail)
+
+        def create(pid: int, page_map: int) -> engine.Session:
+            return engine.Session.create(
+                store, pid=pid, uffd=uffd, page_map=page_map, agent_sock=-1, sentinel=address, tids=(0, 0)
+            )
+
+        page_map = engine.page_map_create()
+        with pytest.raises(OSError, match=os.strerror(errno.ESTALE)):
+            create(other.pid, page_map)
+        create(os.getpid(), page_map).close()  # which closes the userfaultfd and the page map
+        store.release()
+        del view
+    other.quit()
