@@ -152,7 +152,7 @@ def sources_of(directory: Path) -> list[Path]:
 
 def digest_of(step: Step) -> str:
     """Digest of the command and the bytes of all inputs: new flags count as new sources do, a mere new mtime not."""
-    digest = hashlib.sha256("\0".join(step.command).encode())
+    digest = hashlib.sha256("\0".join(["nowhere", *step.command]).encode())
     for path in step.inputs:
         digest.update((ROOT / path).read_bytes())
     return digest.hexdigest()
@@ -171,7 +171,9 @@ def make(step: Step) -> bool:
     for directory in (stamp.parent, partial.parent, output.parent):
         directory.mkdir(parents=True, exist_ok=True)
     stamp.unlink(missing_ok=True)
-    if not run([*step.command[:-1], str(partial.relative_to(ROOT))]):
+    # Not in the digest: what is made is the same wherever the tree and Python's headers are.
+    nowhere = [f"-ffile-prefix-map={ROOT}=.", f"-ffile-prefix-map={sysconfig.get_path('include')}=python"]
+    if not run([*step.command[:-1], str(partial.relative_to(ROOT)), *nowhere]):
         return False
     partial.replace(output)
     stamp.write_text(digest)

@@ -72,7 +72,7 @@ class _Base:
 
     def __init__(self, runtime_dir: str | os.PathLike[str] | None = None) -> None:
         """Mean the daemon of `runtime_dir`, or the usual one. Connects at the first call."""
-        self.path = directories.socket_address(directories.runtime_dir(runtime_dir), directories.CONTROL_SOCKET)
+        self.path = directories.socket_address(directories.serving_dir(runtime_dir), directories.CONTROL_SOCKET)
         self._connection = ClientConnection()
 
     def _cut_off(self) -> ProtocolError:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 NAME: Final = "heap-snapd"
 CONTROL_SOCKET: Final = "control.sock"
 AGENT_SOCKET: Final = "agent.sock"
+SYSTEM_RUNTIME_DIR: Final = Path("/run") / NAME
 LOCK_FILE: Final = "daemon.lock"
 
 RUNTIME_MODE: Final = 0o755
@@ -45,11 +46,41 @@ def runtime_dir(given: str | os.PathLike[str] | None = None, environ: Mapping[st
     if chosen := given or environ.get("SNAPD_RUNTIME_DIR"):
         return Path(chosen).absolute()
     if os.geteuid() == 0:
-        return Path("/run") / NAME
+        return SYSTEM_RUNTIME_DIR
     base = _xdg(environ, "XDG_RUNTIME_DIR") or Path(f"/run/user/{os.geteuid()}")
     if not base.is_dir():
         raise DirectoryUnusable(str(base / NAME), "XDG_RUNTIME_DIR does not name a directory")
     return base / NAME
+
+
+def serving_dir(given: str | os.PathLike[str] | None = None, environ: Mapping[str, str] | None = None) -> Path:
+    """Return the runtime directory of the daemon that a client means.
+
+    That is `runtime_dir`; but where neither `given` nor the variable names one, and no daemon answers in the user's
+    own, it is root's when one answers there.
+    """
+    environ = os.environ if environ is None else environ
+    if given or environ.get("SNAPD_RUNTIME_DIR") or os.geteuid() == 0:
+        return runtime_dir(given, environ)
+    try:
+        own = runtime_dir(None, environ)
+    except DirectoryUnusable:
+        if has_daemon(SYSTEM_RUNTIME_DIR):
+            return SYSTEM_RUNTIME_DIR
+        raise
+    return SYSTEM_RUNTIME_DIR if not has_daemon(own) and has_daemon(SYSTEM_RUNTIME_DIR) else own
+
+
+def has_daemon(directory: Path) -> bool:
+    """Whether somebody takes connections at the control socket of a runtime directory."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as sock:
+        try:
+            sock.connect(str(directory / CONTROL_SOCKET))
+        except BlockingIOError:  # so many that it is busy with others
+            return True
+        except OSError:
+            return False
+        return True
 
 
 def state_dir(given: str | os.PathLike[str] | None = None, environ: Mapping[str, str] | None = None) -> Path:

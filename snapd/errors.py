@@ -277,7 +277,7 @@ class SnapshotExists(SnapdError):
 
 @dataclass(eq=False)
 class KernelLacks(SnapdError):
-    """The kernel lacks {feature}: use Linux 6.8 or newer, built with CONFIG_USERFAULTFD."""
+    """The kernel lacks {feature}: use Linux 6.16 or newer, built with CONFIG_USERFAULTFD."""
 
     feature: str
     exit_code = 40

@@ -64,7 +64,7 @@ def cooperate(runtime_dir: str | os.PathLike[str] | None = None) -> Cooperation:
     """
     from snapd import directories
 
-    path = directories.socket_address(directories.runtime_dir(runtime_dir), directories.AGENT_SOCKET)
+    path = directories.socket_address(directories.serving_dir(runtime_dir), directories.AGENT_SOCKET)
     result = _library().snapd_cooperate(os.fsencode(path))
     if result < 0 and result != -errno.EALREADY:
         raise OSError(-result, os.strerror(-result))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @click.command(short_help="Run the service in the foreground.")
-@options.runtime_dir
+@options.own_runtime_dir
 @click.option(
     "--state-dir",
     metavar="DIR",

@@ -15,16 +15,30 @@ if TYPE_CHECKING:
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-def _resolve(ctx: click.Context, _param: click.Parameter, value: str | None) -> Path:
+def _own(ctx: click.Context, _param: click.Parameter, value: str | None) -> Path:
     return directories.runtime_dir(value or ctx.find_root().params.get("runtime_dir"))
 
 
+def _serving(ctx: click.Context, _param: click.Parameter, value: str | None) -> Path:
+    return directories.serving_dir(value or ctx.find_root().params.get("runtime_dir"))
+
+
+def _option(callback: Callable[[click.Context, click.Parameter, str | None], Path]) -> Callable[[_F], _F]:
+    text = "Where the daemon's sockets are, as before the command."
+    return click.option("--runtime-dir", metavar="DIR", callback=callback, help=text)
+
+
 def runtime_dir(function: _F) -> _F:
-    """Add --runtime-dir, which comes before the group's option of the same name; gives an absolute path."""
-    option = click.option(
-        "--runtime-dir", metavar="DIR", callback=_resolve, help="Where the daemon's sockets are, as before the command."
-    )
-    return option(function)
+    """Add --runtime-dir, which comes before the group's option of the same name; gives an absolute path.
+
+    Where nothing names one it is that of a daemon that answers: the user's own, or root's.
+    """
+    return _option(_serving)(function)
+
+
+def own_runtime_dir(function: _F) -> _F:
+    """Add --runtime-dir for a daemon: never somebody else's directory."""
+    return _option(_own)(function)
 
 
 def as_json(function: _F) -> _F:

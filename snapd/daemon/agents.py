@@ -12,15 +12,17 @@ import logging
 import os
 import socket
 import struct
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 import trio
 
 from snapd import engine
 from snapd.daemon import procfs
+from snapd.daemon.repeats import Repeats, suffix
 from snapd.daemon.server import Peer
 from snapd.daemon.session import Session
 from snapd.errors import KernelLacks, NotPermitted, ProtocolError, SnapdError, TargetGone, UserfaultfdDenied
@@ -32,6 +34,8 @@ log = logging.getLogger(__name__)
 
 DEVICE: Final = "/dev/userfaultfd"
 HANDSHAKE_S: Final = 10.0
+MAX_GREETINGS: Final = 64
+"""Connections of one user, but root, that are not a session's: handshakes, and programs that fork or leave."""
 _SO_PEERPIDFD: Final = 77
 _UCRED: Final = struct.Struct("iII")
 
@@ -241,7 +245,7 @@ def _enable(uffd: int) -> bool:
     try:
         engine.uffd_api(uffd, with_fork=False)
     except OSError as error:
-        raise KernelLacks("userfaultfd with WP_ASYNC, POISON and MOVE (Linux 6.8)") from error
+        raise KernelLacks("userfaultfd with WP_ASYNC, POISON and MOVE") from error
     return False
 
 
@@ -265,30 +269,65 @@ async def _hold(sock: AgentSocket, store_fd: int, page_map: int, *uffd: int) -> 
 Handler = Callable[[AgentSocket, Message, Peer], Awaitable[None]]
 
 
-async def serve_agents(listener: socket.socket, handlers: dict[Kind, Handler], may: Callable[[Peer], bool]) -> None:
+class Host(Protocol):
+    """Who has the sessions."""
+
+    def handlers(self) -> dict[Kind, Handler]:
+        """Return what to do with the first message of a connection."""
+
+    def may(self, peer: Peer) -> bool:
+        """Whether an agent of this peer may have a session."""
+
+    def refused(self, peer: Peer, error: SnapdError) -> bool:
+        """Hear why an agent has none; return whether that is news."""
+
+
+async def serve_agents(listener: socket.socket, host: Host) -> None:
     """Accept until cancelled; each connection's first message goes to the handler of its kind."""
     accepting = trio.socket.from_stdlib_socket(listener)
+    repeats = Repeats()
+    greeting: Counter[int] = Counter()
     async with trio.open_nursery() as nursery:
         while True:
             try:
                 raw, _ = await accepting.accept()
             except OSError as error:
-                log.warning("an agent's connection was not accepted: %s", error.strerror)
+                if times := repeats.count(error.errno):
+                    reason = error.strerror
+                    log.warning("an agent's connection was not accepted: %s%s", reason, suffix(times))
                 await trio.sleep(0.1)
                 continue
-            nursery.start_soon(_greet, AgentSocket(raw), handlers, may)
+            sock = AgentSocket(raw)
+            uid = sock.peer().uid
+            if uid and greeting[uid] >= MAX_GREETINGS:  # it comes again
+                if times := repeats.count(uid):
+                    log.warning("user %d has too many agents at the door%s", uid, suffix(times))
+                sock.close()
+                continue
+            greeting[uid] += 1
+            nursery.start_soon(_greet, sock, host, greeting)
 
 
-async def _greet(sock: AgentSocket, handlers: dict[Kind, Handler], may: Callable[[Peer], bool]) -> None:
+async def _greet(sock: AgentSocket, host: Host, greeting: Counter[int]) -> None:
     peer = sock.peer()
+    try:
+        await _greet_peer(sock, host, peer)
+    finally:
+        sock.close()
+        greeting[peer.uid] -= 1
+        if not greeting[peer.uid]:
+            del greeting[peer.uid]
+
+
+async def _greet_peer(sock: AgentSocket, host: Host, peer: Peer) -> None:
     who = f"agent pid {peer.pid} uid {peer.uid}"
     try:
         with ExitStack() as files:
             with trio.fail_after(HANDSHAKE_S):
                 hello, _ = await sock.receive(files)
-            if not may(peer):
+            if not host.may(peer):
                 raise NotPermitted(peer.pid, peer.uid)
-            handler = handlers.get(hello.kind)
+            handler = host.handlers().get(hello.kind)
             if handler is None:
                 raise ProtocolError(f"an agent began with {hello.kind.name}")
             await handler(sock, hello, peer)
@@ -299,11 +338,10 @@ async def _greet(sock: AgentSocket, handlers: dict[Kind, Handler], may: Callable
     except TargetGone:
         log.info("%s: gone before it was attached", who)
     except SnapdError as error:
-        log.warning("%s: dropped: %s", who, error)
+        if host.refused(peer, error):
+            log.warning("%s: dropped: %s", who, error)
     except OSError as error:
         log.warning("%s: dropped: %s", who, error.strerror)
     except Exception:
         # Whatever one program sends, the others are served on.
         log.exception("%s: dropped", who)
-    finally:
-        sock.close()

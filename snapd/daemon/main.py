@@ -12,6 +12,7 @@ import resource
 import signal
 import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 OOM_SCORE_ADJ: Final = -900
-THREAD_STACK_BYTES: Final = 512 * 1024
+OPEN_FILES: Final = 1 << 19
 _MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
 
 
@@ -62,12 +63,13 @@ def serve(runtime_dir: Path, state_dir: Path, room: MinFree) -> None:
 def _raise_limits() -> None:
     """Every session has descriptors, and a fork event that finds none free waits."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if os.geteuid() == 0:
-        hard = max(hard, 1 << 19)
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    except (OSError, ValueError):
-        log.info("the limit of open files stays at %d", soft)
+    more = max(hard, OPEN_FILES) if os.geteuid() == 0 else hard
+    for limit in dict.fromkeys((more, hard)):  # root may lack CAP_SYS_RESOURCE, which raising the hard one takes
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+            log.info("the limit of open files is %d", limit)
+            return
+    log.warning("the limit of open files stays at %d", soft)
 
 
 def _lock_memory() -> None:
@@ -88,7 +90,7 @@ async def _main(control: socket.socket, agent: socket.socket, state_dir: Path, r
         manager = Manager(state_dir, nursery, room)
         nursery.start_soon(manager.listen_to_engine)
         nursery.start_soon(manager.watch_users)
-        nursery.start_soon(agents.serve_agents, agent, manager.handlers(), manager.may)
+        nursery.start_soon(agents.serve_agents, agent, manager)
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             async with trio.open_nursery() as serving:
                 answering = trio.CancelScope()

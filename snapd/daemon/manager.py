@@ -23,6 +23,8 @@ from snapd import __version__, engine
 from snapd.daemon import agents, procfs
 from snapd.daemon.dump import Dump
 from snapd.daemon.keep import wish_for
+from snapd.daemon.refusals import Refusals
+from snapd.daemon.repeats import Repeats, suffix
 from snapd.daemon.session import Session, State, pagemap
 from snapd.engine import NoticeKind
 from snapd.errors import (
@@ -68,6 +70,8 @@ PATIENCE_S: Final = 10.0
 LOOK_S: Final = 0.1
 TIDY_S: Final = 1.0
 USERS_S: Final = 1.0
+MAX_SESSIONS: Final = 2048
+"""Of each user but root, forked children not counted, which have to be served."""
 PROGRESS_INTERVAL_S: Final = 0.05
 CHILD_PID_DELAYS_S: Final = (0.0, 0.05, 0.2, 0.5, 1.0, 2.0, 4.0)
 
@@ -81,7 +85,8 @@ class Manager:
         self._room = room
         self._nursery = nursery
         self._sessions: dict[int, Session] = {}  # by the engine's key
-        self._refused: set[tuple[int, str]] = set()
+        self._refusals = Refusals()
+        self._repeats = Repeats()
         self._tidying: set[int] = set()
         self._ending = trio.Event()
         self._ended: defaultdict[int, Totals] = defaultdict(Totals)  # of sessions that are gone, by user
@@ -95,6 +100,10 @@ class Manager:
         """Whether an agent of this peer may have a session here: root serves all, a user serves its own."""
         return os.geteuid() in (0, peer.uid)
 
+    def refused(self, peer: Peer, error: SnapdError) -> bool:
+        """Remember why a process does not cooperate, for whoever asks; return whether that is news."""
+        return self._refusals.add(peer.pid, error)
+
     def _find(self, pid: int) -> Session | None:
         return next((one for one in self._sessions.values() if one.pid == pid and one.state is not State.GONE), None)
 
@@ -106,7 +115,7 @@ class Manager:
         if peer.uid not in (0, owner):
             raise NotPermitted(pid, peer.uid)
         if session is None or not session.has_agent:
-            raise NotCooperating(pid)
+            raise self._refusals.reason(pid) or NotCooperating(pid)
         return session
 
     async def _in_thread(self, session: Session, work: Callable[[], T]) -> T:
@@ -272,17 +281,11 @@ class Manager:
                 await old.gone.wait()
             if not old.gone.is_set():
                 raise ProtocolError(f"pid {peer.pid} has an agent already")
-        try:
-            with trio.fail_after(agents.HANDSHAKE_S):
-                session = await agents.make_session(sock, hello, peer, self._state_dir)
-        except TargetGone:
-            raise
-        except SnapdError as error:
-            # Its agent comes again and again: the same reason is worth one line.
-            if (peer.pid, type(error).__name__) in self._refused:
-                return
-            self._refused.add((peer.pid, type(error).__name__))
-            raise
+        if peer.uid and sum(one.has_agent for one in self._sessions.values() if one.uid == peer.uid) >= MAX_SESSIONS:
+            raise ProtocolError(f"user {peer.uid} has {MAX_SESSIONS} managed processes already")
+        with trio.fail_after(agents.HANDSHAKE_S):
+            session = await agents.make_session(sock, hello, peer, self._state_dir)
+        self._refusals.forget(peer.pid)
         log.info("pid %d (%s): attached", session.pid, session.comm())
         self._add(session)
 
@@ -371,9 +374,17 @@ class Manager:
                     session.gone.set()
             case NoticeKind.BAD_FRAME:
                 reason = FRAME_ERRORS.get(notice.cause, "for no known reason")
-                log.error("%s: the page at %#x is lost: %s; touching it raises SIGBUS", name, notice.address, reason)
+                log.error(
+                    "%s: the page at %#x is lost: %s; touching it raises SIGBUS%s",
+                    name,
+                    notice.address,
+                    reason,
+                    suffix(notice.count),
+                )
             case NoticeKind.TROUBLE:
-                log.warning("%s: %s (at %#x)", name, os.strerror(abs(notice.cause)), notice.address)
+                if times := self._repeats.count((notice.session, notice.cause), notice.count):
+                    reason = os.strerror(abs(notice.cause))
+                    log.warning("%s: %s (at %#x)%s", name, reason, notice.address, suffix(times))
 
     async def _name_child(self, child: Session) -> None:
         """Find the pid of a forked child."""

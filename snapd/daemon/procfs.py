@@ -123,6 +123,15 @@ def resident_bytes(pid: int) -> int:
         return 0
 
 
+def start_ticks(pid: int) -> int:
+    """Return when the process was started, in clock ticks since boot; 0 when it is gone."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return int(text.rpartition(")")[2].split()[19])
+
+
 def exists(pid: int) -> bool:
     """Whether there is a process (a thread's id is none)."""
     return status(pid).get("Tgid") == str(pid)

@@ -18,7 +18,7 @@ from snapd.pages import PAGE
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_NEWER: Final = "boot a newer kernel, built with CONFIG_USERFAULTFD"
+_NEWER: Final = "boot Linux 6.16 or newer, built with CONFIG_USERFAULTFD"
 _NO_SECCOMP: Final = "in a container: run it with --security-opt seccomp=unconfined"
 _WORKS: Final = Finding("works")
 

@@ -103,7 +103,7 @@ def look_around(runtime_dir: str | None, state_dir: str | None) -> Scene:
 
 def _runtime_dir(given: str | None) -> tuple[Path | None, str]:
     try:
-        path = directories.runtime_dir(given)
+        path = directories.serving_dir(given)
         directories.socket_address(path, directories.CONTROL_SOCKET)
     except SnapdError as error:
         return None, str(error.parameters().get("reason", error))

@@ -76,6 +76,7 @@ class Notice:
     child: Any
     address: int
     value: int
+    count: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +226,7 @@ def notices() -> Iterator[Notice]:
     """Take all notices that are there."""
     raw = ffi.new("struct sn_notice *")
     while lib.sn_next_notice(raw):
-        yield Notice(NoticeKind(raw.kind), raw.cause, raw.session, raw.child or None, raw.address, raw.value)
+        yield Notice(NoticeKind(raw.kind), raw.cause, raw.session, raw.child or None, raw.address, raw.value, raw.count)
 
 
 def uffd_api(uffd: int, *, with_fork: bool) -> int:
@@ -483,6 +484,14 @@ class Model:
     def drop(self, start: int, end: int) -> None:
         """Let the mover unmap what has no records: its UNMAP must not hit what is there by then."""
         lib.sn_model_drop(self.session.handle, start, end)
+
+    def trouble(self, cause: int) -> None:
+        """Have a notice of trouble wait."""
+        lib.sn_model_trouble(self.session.handle, cause)
+
+    def vanish(self) -> None:
+        """Have the notice of the session's end wait."""
+        lib.sn_model_trouble(self.session.handle, 0)
 
     def stand(self) -> None:
         """Come to a full stop: nothing is owed any more."""

@@ -16,7 +16,7 @@ struct sn_notice {
 	int kind, cause; /* cause: errno, or 0 */
 	uint64_t session; /* sn_session_id; CHILD: the parent's. The session may be closed by now. */
 	struct sn_session *child;
-	uint64_t address, value;
+	uint64_t address, value, count; /* count: how often; the rest is the first one's */
 };
 
 struct sn_store_stats {
@@ -186,6 +186,7 @@ void sn_model_end(struct sn_session *session, int quiet);
 void sn_model_compact(struct sn_session *session);
 void sn_model_drop(struct sn_session *session, uint64_t start, uint64_t end);
 void sn_model_stand(struct sn_session *session);
+void sn_model_trouble(struct sn_session *session, int cause); /* a notice of trouble; of the session's end with 0 */
 uint64_t sn_model_entry(struct sn_session *session, uint64_t address);
 
 /* Raw limits for benchmarks, measured without a session; MB/s and us are computed by the caller. */

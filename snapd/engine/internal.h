@@ -220,8 +220,19 @@ struct robust;
 #define MAX_THREADS (int)(sizeof(((struct sn_survey_report *)0)->threads) / sizeof(struct sn_thread))
 #define MAX_KEPT (int)(sizeof(((struct sn_survey_report *)0)->kept) / sizeof(uint64_t))
 
+/* notice.c: one that must not be lost; it lies in the session that it is about */
+struct notice {
+	struct sn_notice what;
+	struct notice *next;
+	bool waits;
+};
+void notice_post(struct notice *notice);
+void notice_forget(struct notice *notice);
+void notify(const struct sn_notice *notice); /* one that is counted when it repeats */
+
 struct sn_session {
 	uint64_t id;
+	struct notice birth, end;
 	atomic_int pid;
 	int uffd, agent_sock, wake_fd;
 	atomic_int maps_fd, pagemap_fd, mem_fd, process_fd; /* of the userfaultfd's own, or -1: memory.c */
@@ -266,7 +277,6 @@ struct sn_session {
 /* session.c */
 uint64_t now_ns(void);
 void prefer_thread(void); /* best effort: a plain user may not raise itself */
-void notify(const struct sn_notice *notice);
 struct sn_session *session_new(const struct sn_target *target, struct sn_store *store, struct sn_session *source,
 			       int *ret_error);
 struct stop *session_stop(struct sn_session *session);

@@ -80,6 +80,14 @@ void sn_model_stand(struct sn_session *session)
 	pthread_rwlock_unlock(&session->lock);
 }
 
+void sn_model_trouble(struct sn_session *session, int cause)
+{
+	if (cause)
+		notify(&(struct sn_notice){.kind = SN_NOTICE_TROUBLE, .session = session->id, .cause = cause});
+	else
+		session_gone(session);
+}
+
 uint64_t sn_model_entry(struct sn_session *session, uint64_t address)
 {
 	const struct table *table;

@@ -1,4 +1,4 @@
-/* Sessions: creation, forked children, closing, notices to Python.
+/* Sessions: creation, forked children, closing.
  *
  * Owns what belongs to one target's mm: three fds, the lock, the threads. Knows no policy and no pid but to read from.
  */
@@ -15,15 +15,6 @@
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
-
-#define MAX_NOTICES 4096
-
-static struct {
-	pthread_mutex_t lock;
-	struct sn_notice ring[MAX_NOTICES];
-	unsigned int head, count;
-	int fd;
-} notices = {.lock = PTHREAD_MUTEX_INITIALIZER, .fd = -1};
 
 static _Atomic uint64_t next_id = 1;
 
@@ -43,42 +34,6 @@ void prefer_thread(void)
 
 	if (sched_setscheduler(0, SCHED_FIFO | SCHED_RESET_ON_FORK, &param))
 		setpriority(PRIO_PROCESS, (id_t)syscall(SYS_gettid), -10);
-}
-
-int sn_notice_fd(void)
-{
-	pthread_mutex_lock(&notices.lock);
-	if (notices.fd < 0)
-		notices.fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-	pthread_mutex_unlock(&notices.lock);
-	return notices.fd < 0 ? -errno : notices.fd;
-}
-
-void notify(const struct sn_notice *notice)
-{
-	uint64_t one = 1;
-
-	pthread_mutex_lock(&notices.lock);
-	if (notices.count < MAX_NOTICES)
-		notices.ring[(notices.head + notices.count++) % MAX_NOTICES] = *notice;
-	pthread_mutex_unlock(&notices.lock);
-	if (notices.fd >= 0 && write(notices.fd, &one, sizeof(one)) < 0)
-		return; /* the counter is full: a wake-up is on its way */
-}
-
-int sn_next_notice(struct sn_notice *ret)
-{
-	int found;
-
-	pthread_mutex_lock(&notices.lock);
-	found = notices.count > 0;
-	if (found) {
-		*ret = notices.ring[notices.head];
-		notices.head = (notices.head + 1) % MAX_NOTICES;
-		notices.count--;
-	}
-	pthread_mutex_unlock(&notices.lock);
-	return found;
 }
 
 struct sn_session *session_new(const struct sn_target *target, struct sn_store *store, struct sn_session *source,
@@ -107,6 +62,7 @@ struct sn_session *session_new(const struct sn_target *target, struct sn_store *
 		return NULL;
 	}
 	session->id = atomic_fetch_add(&next_id, 1);
+	session->end.what = (struct sn_notice){.kind = SN_NOTICE_GONE, .session = session->id};
 	atomic_store(&session->pid, target->pid);
 	session->uffd = target->uffd;
 	session->maps_fd = session->pagemap_fd = session->mem_fd = session->process_fd = -1;
@@ -155,6 +111,8 @@ static void session_free(struct sn_session *session)
 {
 	struct table *table = pm_table(&session->pm);
 
+	notice_forget(&session->birth);
+	notice_forget(&session->end);
 	for (uint64_t i = 0; i < table->nrecords; i++)
 		for (uint64_t k = 0; table->records[i].first != NO_ENTRIES && k < table->records[i].npages; k++)
 			store_unhold_entry(session->store, session->pm.entries[table->records[i].first + k]);
@@ -226,7 +184,7 @@ void sn_session_close(struct sn_session *session)
 void session_gone(struct sn_session *session)
 {
 	if (!atomic_exchange(&session->gone, true))
-		notify(&(struct sn_notice){.kind = SN_NOTICE_GONE, .session = session->id});
+		notice_post(&session->end);
 }
 
 /* For the reader inside a FORK event, with the lock held: the parent runs on only after this. The child gets the
@@ -278,7 +236,8 @@ int session_fork(struct sn_session *session, const struct table *from, int uffd)
 		session_free(child);
 		return error;
 	}
-	notify(&(struct sn_notice){.kind = SN_NOTICE_CHILD, .session = session->id, .child = child});
+	child->birth.what = (struct sn_notice){.kind = SN_NOTICE_CHILD, .session = session->id, .child = child};
+	notice_post(&child->birth);
 	return 0;
 }
 

@@ -167,3 +167,11 @@ def test_other_kinds_of_program_are_named(tmp_path: Path, monkeypatch: pytest.Mo
     assert program.obstacle(str(setuid)) is None, "it changes nothing for its owner"
     monkeypatch.setattr(os, "geteuid", lambda: setuid.stat().st_uid + 1)
     assert program.obstacle(str(setuid)) == "it is setuid"
+
+
+def test_library_is_found_by_a_command_and_names_no_directory_of_who_built_it() -> None:
+    done = subprocess.run([sys.executable, "-m", "snapd.agent"], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == f"{library_path()}\n"
+    tree = Path(program.__file__).parents[2]
+    for built in (Path(library_path()), *tree.glob("snapd/engine/_engine*.so")):
+        assert os.fsencode(tree) not in built.read_bytes(), built

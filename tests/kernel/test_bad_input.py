@@ -3,18 +3,20 @@
 The daemon, the programs and the command line are real. What needs a full disk has one in a namespace of its own.
 """
 
+import errno
 import os
 import shlex
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from snapd import errors
-from snapd.errors import SessionBusy, StoreFull, TargetGone
+from snapd.errors import NotCooperating, ProtocolError, SessionBusy, StoreFull, TargetGone, UserfaultfdDenied
 from snapd.protocol.agent import HELLO_SESSION, MESSAGE_BYTES, Kind, Message
 from tests.harness import SNAPD, Daemon, Spawner, Target, snapd, wait_until
 from tests.kernel.driving import MIB, PAGE, RunningDump, out_bytes, stores_of
@@ -255,6 +257,53 @@ def test_agent_that_sends_something_else_than_its_userfaultfd_is_dropped(
     wait_until(lambda: "something else than its userfaultfd" in daemon.log(), "its line")
     hold.ask("sum")
     hold.quit()
+
+
+def test_process_whose_agent_was_refused_is_refused_by_the_reason(daemon: Daemon) -> None:
+    daemon.allow(rf"agent pid {os.getpid()} uid 0: dropped")
+    with pytest.raises(NotCooperating):
+        daemon.dump(os.getpid())
+    with connect(daemon) as agent:
+        agent.send(of_another_version())
+        assert agent.recv(MESSAGE_BYTES) == b""
+    with pytest.raises(ProtocolError, match="speaks version 2"):
+        daemon.dump(os.getpid())
+    with connect(daemon) as agent:
+        agent.send(hello(os.getpid()))
+        _, fds, _, _ = socket.recv_fds(agent, MESSAGE_BYTES, 1)
+        for fd in fds:
+            os.close(fd)
+        agent.send(Message(Kind.MAKE, status=-errno.EPERM).pack())
+        assert agent.recv(MESSAGE_BYTES) == b""
+    with pytest.raises(UserfaultfdDenied):
+        daemon.dump(os.getpid())
+
+
+CROWD = """
+import socket, sys
+crowd = [socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(300)]
+for one in crowd:
+    one.connect(sys.argv[1])
+print("connected", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_crowd_of_one_user_at_the_door_lets_others_in_and_is_one_line(daemon: Daemon, spawn: Spawner) -> None:
+    daemon.allow(f"user {NOBODY} has too many agents at the door|uid {NOBODY}: dropped: it says nothing")
+    argv = as_user([sys.executable, "-c", CROWD, str(daemon.runtime_dir / "agent.sock")])
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as crowd:
+        assert crowd.stdout is not None
+        assert crowd.stdout.readline() == "connected\n"
+        wait_until(lambda: "too many agents" in daemon.log(), "the line about the crowd")
+        held = [link for link in Path(f"/proc/{daemon.pid}/fd").iterdir() if link.readlink().name.startswith("socket")]
+        assert len(held) < 100
+        hold = spawn("hold", "--mib", 16)
+        daemon.dump(hold.pid)
+        hold.ask("sum")
+        hold.quit()
+        crowd.communicate("", timeout=20)
+    assert daemon.log().count("too many agents") == 1
 
 
 def test_agents_that_say_nothing_or_vanish_hold_up_nobody(hold: Target, daemon: Daemon, spawn: Spawner) -> None:

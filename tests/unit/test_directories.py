@@ -7,6 +7,7 @@ import socket
 import stat
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ import pytest
 
 import snapd
 from snapd import directories
-from snapd.directories import RuntimeLock, make_state_dir, runtime_dir, socket_address, state_dir
+from snapd.directories import RuntimeLock, make_state_dir, runtime_dir, serving_dir, socket_address, state_dir
 from snapd.errors import DaemonRunning, DirectoryUnusable
 
 if TYPE_CHECKING:
@@ -77,6 +78,34 @@ def test_plain_user_is_sent_to_the_xdg_directories(tmp_path: Path) -> None:
 def test_missing_xdg_runtime_dir_is_a_clear_error() -> None:
     with pytest.raises(DirectoryUnusable, match="XDG_RUNTIME_DIR"):
         runtime_dir(None, {})
+
+
+@contextmanager
+def answering(directory: Path) -> Iterator[None]:
+    """Take connections at the control socket of a runtime directory."""
+    with RuntimeLock(directory) as lock, lock.bind(directories.CONTROL_SOCKET, socket.SOCK_STREAM) as sock:
+        sock.listen()
+        yield
+
+
+@pytest.mark.usefixtures("plain_user")
+def test_client_that_is_told_nothing_means_the_users_daemon_or_else_roots(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    system, own = tmp_path / "system", tmp_path / "heap-snapd"
+    monkeypatch.setattr(directories, "SYSTEM_RUNTIME_DIR", system)
+    environ = {"XDG_RUNTIME_DIR": str(tmp_path)}
+    assert serving_dir(None, environ) == own, "the one that it can start a daemon in"
+    with pytest.raises(DirectoryUnusable, match="XDG_RUNTIME_DIR"):
+        serving_dir(None, {})
+    with answering(system):
+        assert serving_dir(None, environ) == serving_dir(None, {}) == system
+        assert serving_dir("/o", environ) == Path("/o")
+        assert serving_dir(None, {**environ, "SNAPD_RUNTIME_DIR": "/v"}) == Path("/v")
+        with answering(own):
+            assert serving_dir(None, environ) == own
+        own.joinpath(directories.CONTROL_SOCKET).touch()  # as a daemon that was killed leaves it
+        assert serving_dir(None, environ) == system
 
 
 def test_relative_directories_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

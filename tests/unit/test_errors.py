@@ -96,7 +96,7 @@ SENTENCES = {
         34,
         "There is a snapshot named /some/where already: choose another name, or remove that one first.",
     ),
-    "KernelLacks": (40, "The kernel lacks /some/where: use Linux 6.8 or newer, built with CONFIG_USERFAULTFD."),
+    "KernelLacks": (40, "The kernel lacks /some/where: use Linux 6.16 or newer, built with CONFIG_USERFAULTFD."),
     "UserfaultfdDenied": (
         41,
         (
