@@ -1,10 +1,11 @@
-/* A heap in thousands of mappings: large ones that are worth moving, small ones in between, every other page of which has
- * another protection, and all of it verified on command.
+/* A heap in thousands of mappings: large ones that are worth moving, small ones in between, every other page of which
+ * has another protection, and all of it verified on command.
  *
  *   many [--large 500] [--small 10000] [--seed 1]
  *
  *   maps            how many mappings the process has
- *   sum             verifies every page; write N SEED gives N random pages new content; quit as does the end of input */
+ *   sum             verifies every page; write N SEED gives N random pages new content;
+ *                   quit as does the end of input */
 #include "content.h"
 #include <getopt.h>
 
