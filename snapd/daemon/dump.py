@@ -273,7 +273,8 @@ class Dump:
                     fd,
                     at,
                     interval.end,
-                    max_pages=max(policy.MIN_SPAN_PAGES, self._size.pages - self._batch_weight),
+                    weight=max(policy.MIN_SPAN_PAGES, self._size.pages - self._batch_weight),
+                    run_weight=policy.RUN_WEIGHT_PAGES,
                     max_span=policy.MAX_PIECE_BYTES,
                     gap=policy.GAP_BYTES,
                 )
@@ -281,11 +282,12 @@ class Dump:
                 raise self._meaning(error) from error
             if found is None:
                 break
-            start, at, pages = found
-            whole = Range(start, at)
+            at, pages = found.end, found.npages
+            whole = Range(found.start, at)
             for span in self._own_parts(fd, whole, pages) if self._forked else [whole]:
                 self._batch.append(span)
-                self._batch_weight += min(pages, span.npages) + policy.SPAN_WEIGHT_PAGES
+                weight = found.weight if span is whole else span.npages + policy.RUN_WEIGHT_PAGES
+                self._batch_weight += weight + policy.SPAN_WEIGHT_PAGES
                 if len(self._batch) == engine.MAX_SPANS or self._batch_weight >= self._size.pages:
                     self._move_batch()
             self._done_bytes += pages * PAGE

@@ -127,6 +127,9 @@ def plan(
 
 
 SCATTER_PAGES: Final = 1024
+RUN_WEIGHT_PAGES: Final = 8
+"""What one more run of pages costs in a stop, in pages of the same time: a page that stands alone is moved alone."""
+
 SPAN_WEIGHT_PAGES: Final = 96
 """What one more interval costs in a stop, in pages of the same time."""
 

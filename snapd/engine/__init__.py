@@ -11,7 +11,7 @@ import errno
 import os
 import threading
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 from snapd.engine import codec
 from snapd.engine._engine import ffi, lib
@@ -256,14 +256,24 @@ def marked(pagemap_fd: int, address: int) -> bool:
     return bool(lib.sn_marked(pagemap_fd, address) == 1)
 
 
+class Interval(NamedTuple):
+    """What to move next: pages with memory, and what they weigh in a stop, runs counted in."""
+
+    start: int
+    end: int
+    npages: int
+    weight: int
+
+
 def next_piece(
-    pagemap_fd: int, start: int, end: int, *, max_pages: int, max_span: int, gap: int
-) -> tuple[int, int, int] | None:
-    """Return the next interval of [start, end) with memory and how many pages have it, or None at the end."""
-    found = ffi.new("uint64_t[3]")
-    if check(lib.sn_next_piece(pagemap_fd, start, end, max_pages, max_span, gap, found)) == 0:
+    pagemap_fd: int, start: int, end: int, *, weight: int, run_weight: int, max_span: int, gap: int
+) -> Interval | None:
+    """Return the next interval of [start, end) with memory, not heavier than `weight`, or None at the end."""
+    found = ffi.new("uint64_t[4]")
+    limits = ffi.new("struct sn_piece_limits *", (weight, run_weight, max_span, gap))
+    if check(lib.sn_next_piece(pagemap_fd, start, end, limits, found)) == 0:
         return None
-    return found[0], found[1], found[2]
+    return Interval(*found)
 
 
 def page_map_create() -> int:

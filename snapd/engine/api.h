@@ -120,10 +120,13 @@ struct sn_survey_report {
 	uint64_t kept[8192];
 };
 void sn_survey(struct sn_session *session, struct sn_survey_report *ret);
-/* Next interval worth a piece in [start, end): at most max_pages pages that have memory, not wider than max_span;
- * ends at a gap wider than gap. ret[0], ret[1]: the interval; ret[2]: pages with memory. Returns 1, 0 at the end. */
-int sn_next_piece(int pagemap_fd, uint64_t start, uint64_t end, uint64_t max_pages, uint64_t max_span, uint64_t gap,
-		  uint64_t *ret);
+/* Next interval worth a piece in [start, end): not heavier than weight, where each page weighs 1 and each run of pages
+ * run_weight more; not wider than span; ends at a gap wider than gap. ret[0], ret[1]: the interval; ret[2]: pages with
+ * memory; ret[3]: what they weigh. Returns 1, 0 at the end. */
+struct sn_piece_limits {
+	uint64_t weight, run_weight, span, gap;
+};
+int sn_next_piece(int pagemap_fd, uint64_t start, uint64_t end, const struct sn_piece_limits *limits, uint64_t *ret);
 int sn_watched(int pagemap_fd, uint64_t address); /* 1: registered for asynchronous write-protect */
 int sn_marked(int pagemap_fd, uint64_t address); /* 1: watched and write-protected */
 

@@ -144,30 +144,32 @@ int sn_marked(int pagemap_fd, uint64_t address)
 
 #define SCAN_REGIONS 512
 
-int sn_next_piece(int pagemap_fd, uint64_t start, uint64_t end, uint64_t max_pages, uint64_t max_span, uint64_t gap,
-		  uint64_t *ret)
+int sn_next_piece(int pagemap_fd, uint64_t start, uint64_t end, const struct sn_piece_limits *limits, uint64_t *ret)
 {
 	struct snapd_page_region regions[SCAN_REGIONS];
-	uint64_t walked;
+	uint64_t walked, weight = 0;
 	long n = pagemap_scan(pagemap_fd, start, end, SNAPD_PAGE_IS_PRESENT | SNAPD_PAGE_IS_SWAPPED,
-			      SNAPD_PAGE_IS_PRESENT | SNAPD_PAGE_IS_SWAPPED, max_pages, regions, SCAN_REGIONS, &walked);
+			      SNAPD_PAGE_IS_PRESENT | SNAPD_PAGE_IS_SWAPPED, limits->weight, regions,
+			      min_u64(SCAN_REGIONS, limits->weight / limits->run_weight + 1), &walked);
 
-	ret[0] = ret[1] = ret[2] = 0;
+	memset(ret, 0, 4 * sizeof(ret[0]));
 	if (n < 0)
 		return (int)n;
 	for (long i = 0; i < n; i++) {
 		uint64_t from = regions[i].start, to = regions[i].end;
+		bool full = weight + limits->run_weight >= limits->weight;
 
-		if (i && from - ret[1] > gap)
+		if (i && (full || from - ret[1] > limits->gap || from >= ret[0] + limits->span))
 			break;
 		if (!i)
 			ret[0] = from;
-		if (from >= ret[0] + max_span)
-			break;
-		to = min_u64(to, ret[0] + max_span);
+		to = min_u64(to, ret[0] + limits->span);
+		to = min_u64(to, from + PAGE * (full ? 1 : limits->weight - weight - limits->run_weight));
 		ret[1] = to;
 		ret[2] += (to - from) / PAGE;
+		weight += (to - from) / PAGE + limits->run_weight;
 	}
+	ret[3] = weight;
 	return n > 0;
 }
 

@@ -67,12 +67,16 @@ def test_stops_with_eight_sleeping_threads_are_short(daemon: Daemon, spawn: Spaw
     hold = spawn("hold", "--mib", 128)
     hold.ask("threads", 8)
     reports = []
-    for seed in range(3):
+    for seed in range(20):
         reports.append(daemon.dump(hold.pid))
+        # Other programs may want the CPUs that this one stands on: one quiet dump is enough, of pages that stand alone.
+        if seed >= 2 and min(report.longest_stop_us for report in reports[1:]) <= 2000:
+            break
         hold.ask("write", 8000, seed)
     figures.note_stops(reports)
-    # The aim is 2 ms; the bound is wide because other programs may want the CPUs that this one stands on.
     assert max(report.longest_stop_us for report in reports) < 50_000
+    assert min(report.longest_stop_us for report in reports[1:]) <= 2000
+    assert all(report.stops > 5 for report in reports)
     assert hold.ask("threads", 0)["interrupted"] == 0
     hold.ask("sum")
     hold.quit()
