@@ -401,7 +401,7 @@ bool task_is_deaf(int pid, pid_t tid);
 /* robust.c: for whoever holds session->mover */
 struct robust *robust_create(void);
 void robust_destroy(struct robust *robust);
-int robust_look(struct sn_session *session, int mem_fd);
+int robust_look(struct sn_session *session);
 void robust_fill(struct sn_session *session);
 bool robust_touches(const struct robust *robust, uint64_t start, uint64_t end);
 int robust_pages(const struct robust *robust, uint64_t *ret, int capacity);

@@ -127,14 +127,20 @@ long memory_read(struct sn_session *session, uint64_t from, void *to, uint64_t b
 }
 
 /* Whether the target is being killed or has ended: told before the kernel takes anything of its memory, since the exit
- * code of the whole process is set when the signal is sent. A leader that ended by itself and left others is no end. */
+ * code of the whole process is set when the signal is sent. A leader that ended by itself and left others is no end.
+ * Asked of the agent's thread, which nobody stops: one that is traced shows what stopped it in the same place. */
 bool memory_is_ending(struct sn_session *session)
 {
-	int fd = open_at(atomic_load(&session->process_fd), "stat", 0);
+	int process = atomic_load(&session->process_fd), fd = -ENOENT;
 	unsigned int flags = 0, nthreads = 0, code;
-	char text[1024], *field;
+	char text[1024], *field, state = 0;
 	ssize_t n;
 
+	snprintf(text, sizeof(text), "task/%d/stat", session->agent_tids[0]);
+	if (session->agent_tids[0])
+		fd = open_at(process, text, 0);
+	if (fd < 0)
+		fd = open_at(process, "stat", 0);
 	if (fd < 0)
 		return true;
 	n = read(fd, text, sizeof(text) - 1);
@@ -144,15 +150,15 @@ bool memory_is_ending(struct sn_session *session)
 	text[n] = 0;
 	field = strrchr(text, ')');
 	if (!field || sscanf(field + 1,
-			     " %*c %*d %*d %*d %*d %*d %u" /* state to flags */
+			     " %c %*d %*d %*d %*d %*d %u" /* state to flags */
 			     " %*u %*u %*u %*u %*u %*u %*d %*d %*d %*d %u", /* to num_threads */
-			     &flags, &nthreads) != 2)
+			     &state, &flags, &nthreads) != 3)
 		return true;
 	field = strrchr(text, ' ');
 	code = field ? (unsigned int)strtoul(field, NULL, 10) : 0;
 	/* A stopped process shows the signal that stopped it in the same place. */
 	return (flags & PF_EXITING && nthreads < 2) ||
-	       (code && code != SIGSTOP && code != SIGTSTP && code != SIGTTIN && code != SIGTTOU);
+	       (code && state != 't' && code != SIGSTOP && code != SIGTSTP && code != SIGTTIN && code != SIGTTOU);
 }
 
 /* Whether a page that was there and can't be read was freed lazily (MADV_FREE) and then taken by the kernel: then it is

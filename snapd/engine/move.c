@@ -676,7 +676,7 @@ static void move_piece(struct sn_piece *piece, struct sn_piece_report *ret)
 		if (ret->outcome == SN_MOVED && mover_ready(session) == MOVER_FILTERED)
 			ret->outcome = SN_FILTERED;
 		if (ret->outcome == SN_MOVED)
-			ret->cause = robust_look(session, atomic_load(&session->mem_fd));
+			ret->cause = robust_look(session);
 		if (ret->outcome == SN_MOVED && ret->cause)
 			ret->outcome = SN_BUSY;
 		if (ret->outcome == SN_MOVED)

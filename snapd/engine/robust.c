@@ -31,12 +31,6 @@ void robust_destroy(struct robust *robust)
 	free(robust);
 }
 
-/* Never waits: what is out gives an error and is not filled for it. */
-static bool peek(int mem_fd, uint64_t address, void *to, size_t bytes)
-{
-	return pread(mem_fd, to, bytes, (off_t)address) == (ssize_t)bytes;
-}
-
 static bool is_out(struct sn_session *session, uint64_t page)
 {
 	bool ret = false;
@@ -66,9 +60,9 @@ static int keep(struct robust *robust, uint64_t page)
 	return 0;
 }
 
-/* What the kernel will read or write. -EFAULT: it could not, whatever we do, or not while a page is out, which is
- * noted; -E2BIG. */
-static int see(struct sn_session *session, int mem_fd, uint64_t address, void *to, size_t bytes)
+/* What the kernel will read or write; never waits for what is out. -EFAULT: the kernel could not, whatever we do, or
+ * not while a page is out, which is noted; -E2BIG. */
+static int see(struct sn_session *session, uint64_t address, void *to, size_t bytes)
 {
 	struct robust *robust = session->robust;
 	uint64_t first = PAGE_DOWN(address), last = PAGE_DOWN(address + bytes - 1);
@@ -79,7 +73,7 @@ static int see(struct sn_session *session, int mem_fd, uint64_t address, void *t
 	error = keep(robust, first);
 	if (!error && last != first)
 		error = keep(robust, last);
-	if (error || peek(mem_fd, address, to, bytes))
+	if (error || memory_read(session, address, to, bytes) == (long)bytes)
 		return error;
 	for (uint64_t page = first; page <= last; page += PAGE)
 		if (robust->nabsent < MAX_ABSENT && is_out(session, page))
@@ -93,30 +87,30 @@ static uint64_t plain(const void *pointer)
 	return (uint64_t)pointer & ~1UL;
 }
 
-static int see_futex(struct sn_session *session, int mem_fd, uint64_t entry, long offset)
+static int see_futex(struct sn_session *session, uint64_t entry, long offset)
 {
 	uint32_t word;
 
-	return see(session, mem_fd, entry + (uint64_t)offset, &word, sizeof(word));
+	return see(session, entry + (uint64_t)offset, &word, sizeof(word));
 }
 
 /* As exit_robust_list() of the kernel goes; it ends where something can't be read. */
-static int walk(struct sn_session *session, int mem_fd, uint64_t at)
+static int walk(struct sn_session *session, uint64_t at)
 {
 	struct robust_list_head head;
 	struct robust_list next;
 	uint64_t entry;
-	int error = see(session, mem_fd, at, &head, sizeof(head));
+	int error = see(session, at, &head, sizeof(head));
 
 	if (error)
 		return error;
 	if (head.list_op_pending)
-		error = see_futex(session, mem_fd, plain(head.list_op_pending), head.futex_offset);
+		error = see_futex(session, plain(head.list_op_pending), head.futex_offset);
 	entry = plain(head.list.next);
 	for (int n = 0; error != -E2BIG && entry != at && n < LIST_LIMIT; n++) {
-		error = see_futex(session, mem_fd, entry, head.futex_offset);
+		error = see_futex(session, entry, head.futex_offset);
 		if (error != -E2BIG)
-			error = see(session, mem_fd, entry, &next, sizeof(next));
+			error = see(session, entry, &next, sizeof(next));
 		if (error)
 			return error;
 		entry = plain(next.next);
@@ -126,7 +120,7 @@ static int walk(struct sn_session *session, int mem_fd, uint64_t at)
 
 /* At a full stop: finds all pages that must stay. Returns 0 or a negative errno: then nothing may be moved, for what is
  * behind the place that could not be seen is not known. */
-int robust_look(struct sn_session *session, int mem_fd)
+int robust_look(struct sn_session *session)
 {
 	struct robust *robust = session->robust;
 	int error = 0;
@@ -138,7 +132,7 @@ int robust_look(struct sn_session *session, int mem_fd)
 		size_t bytes;
 
 		if (tid && syscall(SYS_get_robust_list, tid, &head, &bytes) == 0 && head)
-			error = walk(session, mem_fd, (uint64_t)head);
+			error = walk(session, (uint64_t)head);
 	}
 	return error == -E2BIG ? error : robust->nabsent ? -ENODATA : 0;
 }
