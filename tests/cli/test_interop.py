@@ -58,7 +58,8 @@ def test_dump_with_progress(snapd: Any) -> None:
     *progress, last = snapd.Dump(GOOD, level=3, _more=True)
     assert [step["progress"]["total_bytes"] for step in progress] == [100 * MIB] * len(progress)
     assert len(progress) > 1
-    assert last == {"report": DUMP.to_json()}
+    report = {key: value for key, value in DUMP.to_json().items() if value is not None}
+    assert last == {"report": report}, "that client leaves out what is null"
 
 
 def test_dump_restore_and_detach_without_progress(snapd: Any) -> None:

@@ -80,7 +80,7 @@ def test_no_daemon_and_a_daemon_that_died(tmp_path: Path) -> None:
 
 
 def test_second_dump_at_once_is_refused_by_name(daemon: Daemon, spawn: Spawner) -> None:
-    hold = spawn("hold", "--mib", 24)
+    hold = spawn("hold", "--mib", 10)
     first = RunningDump(daemon, hold.pid, level=19)  # takes seconds
     told(daemon.snapd("dump", hold.pid, check=False), SessionBusy, hold.pid)
     assert not isinstance(first.outcome(), Exception)
