@@ -87,7 +87,7 @@ class Dump:
         self._done_bytes = 0
         self._total_bytes = 0
         self._hint = 0
-        self._forked = False
+        self._forked = self._shared = False
         self._batch: list[Range] = []
         self._batch_weight = 0
         self._again: list[Range] = []
@@ -110,18 +110,22 @@ class Dump:
         self._check_target()
         keeping = Keeping(self._state_dir, self._wish, self._room) if self._wish else None
         before = procfs.resident_bytes(self._pid)
+        whole = False
         try:
             if keeping:
                 self._keep = engine.Keep(self._native)
             self._move_all(self._choose())
             while self._flying:
                 self._land()
+            whole = self._options.share_percent == ALL_PERCENT
             if keeping and self._keep and self._looked:
                 facts = facts_of(self._pid, self._session.uid, self._looked)
                 self._snapshot_bytes = keeping.write(self._keep, self._looked, self._left, facts)
                 self._snapshot = str(keeping.path)
         finally:
             self._abandon()
+            if self._forked and (self._shared or not whole):  # the next dump has to look again
+                self._native.set_forked()
             if self._keep:
                 self._keep.close()
         self._session.native.trim()
@@ -284,7 +288,7 @@ class Dump:
                 break
             at, pages = found.end, found.npages
             whole = Range(found.start, at)
-            for span in self._own_parts(fd, whole, pages) if self._forked else [whole]:
+            for span in self._own_parts(fd, whole) if self._forked else [whole]:
                 self._batch.append(span)
                 weight = found.weight if span is whole else span.npages + policy.RUN_WEIGHT_PAGES
                 self._batch_weight += weight + policy.SPAN_WEIGHT_PAGES
@@ -293,17 +297,25 @@ class Dump:
             self._done_bytes += pages * PAGE
             self._progress(DumpProgress(self._pid, min(self._done_bytes, self._total_bytes), self._total_bytes))
 
-    def _own_parts(self, fd: int, whole: Range, pages: int) -> list[Range]:
+    def _own_parts(self, fd: int, whole: Range) -> list[Range]:
         """After a fork: what of a piece no living child shares, made the target's own.
 
         The kernel goes on taking such a page for shared until it is written; a write fault here, while the target
-        runs, spares the pin pass one inside the stop. What a child does share would be copied for nothing.
+        runs, spares the pin pass one inside the stop. A page that equals its frame needs none, and would not equal it
+        any longer. What a child does share would be copied for nothing.
         """
-        parts = [part for part in procfs.exclusive_runs(fd, whole) if part.npages >= MIN_PART_PAGES]
-        self._skipped["shared_with_child"] += max(0, pages * PAGE - total_bytes(parts))
-        self._left += [(one, "shared_with_child") for one in subtract_all([whole], parts)]
-        for first in range(0, len(parts), agent.RUNS):
-            runs = tuple((part.start, part.length_bytes) for part in parts[first : first + agent.RUNS])
+        pages = procfs.ownership(fd, whole)
+        if not pages.shared:
+            parts = [whole]
+        else:
+            self._shared = True
+            wide = [part for part in subtract_all([whole], pages.shared) if part.npages >= MIN_PART_PAGES]
+            parts = [part for part in wide if subtract_all([part], pages.own) != [part]]
+            self._skipped["shared_with_child"] += total_bytes(pages.shared)
+            self._skipped["shared_with_child"] += total_bytes(subtract_all(pages.own, parts))
+            self._left += [(one, "shared_with_child") for one in subtract_all([whole], parts)]
+        for first in range(0, len(pages.written), agent.RUNS):
+            runs = tuple((run.start, run.length_bytes) for run in pages.written[first : first + agent.RUNS])
             with contextlib.suppress(OSError):  # unmapped meanwhile: the stop looks again
                 self._native.call(agent.Message(agent.Kind.ADVISE, value=_MADV_POPULATE_WRITE, runs=runs).pack())
         return parts

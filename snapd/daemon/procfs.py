@@ -89,18 +89,40 @@ def _mappings(pid: int, name: str) -> list[Mapping]:
         return []
 
 
-def exclusive_runs(pagemap_fd: int, whole: Range) -> list[Range]:
-    """Return the pages of `whole` that are in memory and mapped by no other process (bits 63 and 56)."""
-    wanted = (1 << 63) | (1 << 56)
+_PRESENT: Final = 1 << 63
+_SWAPPED: Final = 1 << 62
+_EXCLUSIVE: Final = 1 << 56
+_PROTECTED: Final = 1 << 57
+
+
+@dataclass(frozen=True, slots=True)
+class Ownership:
+    """Runs of pages by who maps them: `shared` are in memory and another process maps them too, `own` are the rest of
+    what is in memory or swap, `written` those of `own` that are in memory and no userfaultfd write-protects.
+    """
+
+    shared: list[Range]
+    own: list[Range]
+    written: list[Range]
+
+
+def ownership(pagemap_fd: int, whole: Range) -> Ownership:
+    """Return whose the pages of `whole` are, by what /proc/PID/pagemap says."""
     entries = array.array("Q", os.pread(pagemap_fd, whole.npages * 8, whole.start // PAGE * 8))
+    shared = [entry & (_PRESENT | _EXCLUSIVE) == _PRESENT for entry in entries]
+    own = [entry & (_PRESENT | _SWAPPED) != 0 and not other for entry, other in zip(entries, shared, strict=True)]
+    written = [entry & (_PRESENT | _EXCLUSIVE | _PROTECTED) == _PRESENT | _EXCLUSIVE for entry in entries]
+    return Ownership(*(_runs(whole.start, chosen) for chosen in (shared, own, written)))
+
+
+def _runs(address: int, chosen: list[bool]) -> list[Range]:
     runs: list[Range] = []
     start = None
-    for page, entry in enumerate([*entries, 0]):
-        own = entry & wanted == wanted
-        if own and start is None:
+    for page, here in enumerate([*chosen, False]):
+        if here and start is None:
             start = page
-        elif not own and start is not None:
-            runs.append(Range(whole.start + start * PAGE, whole.start + page * PAGE))
+        elif not here and start is not None:
+            runs.append(Range(address + start * PAGE, address + page * PAGE))
             start = None
     return runs
 

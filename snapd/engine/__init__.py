@@ -403,8 +403,12 @@ class Session:
         lib.sn_store_set_floor(lib.sn_session_store(self.handle), free_bytes)
 
     def take_forked(self) -> bool:
-        """Whether the target forked since the last call."""
+        """Whether pages may be shared with a forked child: it forked since the last call, or `set_forked` said so."""
         return bool(lib.sn_session_take_forked(self.handle))
+
+    def set_forked(self) -> None:
+        """Note that pages still are shared, or were not looked at."""
+        lib.sn_session_set_forked(self.handle)
 
     def survey(self) -> Survey:
         """Stop the target once to see what must stay in memory."""

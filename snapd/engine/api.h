@@ -106,6 +106,7 @@ int sn_uffd_register(int uffd, uint64_t start, uint64_t length);
 int sn_same_memory(int pid, int other); /* 1 when both processes share one address space */
 /* Whether the target forked since the last call: pages may be shared with a child until they are written. */
 int sn_session_take_forked(struct sn_session *session);
+void sn_session_set_forked(struct sn_session *session); /* some still are */
 /* Stops the target once to see what must stay: where its threads' stacks and TLS are, and pages that the kernel will
  * look at when a thread ends. */
 struct sn_thread {

@@ -304,6 +304,11 @@ int sn_session_take_forked(struct sn_session *session)
 	return atomic_exchange(&session->forked, false);
 }
 
+void sn_session_set_forked(struct sn_session *session)
+{
+	atomic_store(&session->forked, true);
+}
+
 struct sn_store *sn_session_store(struct sn_session *session)
 {
 	return session->store;

@@ -18,7 +18,7 @@ import pytest
 from snapd.agent import library_path
 from snapd.errors import NotCooperating, TargetFiltered
 from snapd.protocol.agent import MESSAGE_BYTES, Kind, Message
-from tests.harness import Daemon, Spawner, Target, wait_until
+from tests.harness import Daemon, Spawner, Target, rss_bytes, wait_until
 from tests.kernel.driving import MIB, RunningDump, out_bytes
 
 NOBODY: Final = 65534
@@ -71,6 +71,28 @@ def test_program_that_was_detached_or_left_comes_back_as_often_as_it_likes(membe
         member.ask("sum")
     daemon.restore(member.pid)
     assert mappings(member) <= before + 4
+    member.quit()
+
+
+def test_pages_that_a_living_child_shares_are_left_alone_in_every_dump(daemon: Daemon, spawn: Spawner) -> None:
+    member = spawn("member", "--mib", 64)
+    member.ask("beside", 1)
+    before = rss_bytes(member.pid)
+    for seed in range(3):
+        report = daemon.dump(member.pid)
+        assert report.skipped["shared_with_child"] > 40 * MIB
+        assert rss_bytes(member.pid) < before + 4 * MIB, "nothing was copied"
+        member.ask("write", 500, seed)
+    member.ask("write", 40000, 9)
+    assert daemon.dump(member.pid).moved_bytes > 30 * MIB, "what the program has written is its own"
+    member.ask("sum")
+    member.ask("beside", 0)
+    assert daemon.dump(member.pid).moved_bytes > 60 * MIB
+    member.ask("sum")
+    report = daemon.dump(member.pid)
+    assert report.clean_bytes > 60 * MIB, "what was only read equals its frame"
+    assert "shared_with_child" not in report.skipped
+    member.ask("sum")
     member.quit()
 
 

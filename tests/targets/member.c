@@ -9,6 +9,8 @@
  *   filter ON   a seccomp filter that kills for what an agent calls and this program does not: on all threads when ON
  *               is 1, on the calling thread when it is 0
  *   fork        a child verifies every page; answers when it has ended
+ *   beside ON   a child that does nothing lives on until it is told to end, by ON 0
+ *   write N SEED gives N random pages new content
  *   quit        as does the end of input */
 #include "content.h"
 #include <getopt.h>
@@ -62,6 +64,33 @@ static void do_fork(void)
     reply("\"done\":true");
 }
 
+static void do_beside(bool on)
+{
+    static pid_t child;
+    if (on) {
+        child = fork();
+        if (child == -1)
+            fail_errno("fork");
+        if (child == 0) {
+            prctl(PR_SET_PDEATHSIG, SIGKILL);
+            for (;;)
+                pause();
+        }
+    } else {
+        kill(child, SIGKILL);
+        waitpid(child, NULL, 0);
+    }
+    reply("\"pid\":%d", (int)child);
+}
+
+static void do_write(uint64_t count, uint64_t seed)
+{
+    struct rng rng = {mix64(seed)};
+    for (uint64_t i = 0; i < count; i++)
+        heap_renew_page(&heap, rng_below(&rng, heap.npages));
+    reply("\"done\":true");
+}
+
 static void run_command(const struct command *command)
 {
     const char *name = command->name;
@@ -77,6 +106,10 @@ static void run_command(const struct command *command)
         do_filter(command->argument[0]);
     else if (strcmp(name, "fork") == 0)
         do_fork();
+    else if (strcmp(name, "beside") == 0)
+        do_beside(command->argument[0]);
+    else if (strcmp(name, "write") == 0)
+        do_write(command->argument[0], command->argument[1]);
     else
         reply_error("unknown command");
 }

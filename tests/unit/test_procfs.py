@@ -20,7 +20,7 @@ from snapd.daemon.procfs import Mapping, parse_mappings
 from snapd.pages import PAGE, Range
 
 ME = os.getpid()
-PRESENT, EXCLUSIVE = 1 << 63, 1 << 56
+PRESENT, SWAPPED, PROTECTED, EXCLUSIVE = 1 << 63, 1 << 62, 1 << 57, 1 << 56
 
 MAPS = b"""\
 55d0a4c00000-55d0a4c21000 r--p 00000000 fe:00 4711                       /usr/bin/a name  with spaces (deleted)
@@ -172,21 +172,34 @@ def test_maps_and_smaps_agree_on_a_process_that_stands_still(waiting: Waiting) -
     assert bare == [(one.start, one.end, one.permissions, one.inode, one.name) for one in procfs.smaps(waiting.pid)]
 
 
-@given(st.lists(st.sampled_from([0, PRESENT, EXCLUSIVE, PRESENT | EXCLUSIVE, PRESENT | EXCLUSIVE | 4711]), max_size=40))
-def test_exclusive_runs_are_the_pages_that_are_present_and_exclusive(entries: list[int]) -> None:
+@given(
+    st.lists(
+        st.sampled_from(
+            [0, *(a | b | c for a in (0, PRESENT, SWAPPED) for b in (0, EXCLUSIVE, 4711) for c in (0, PROTECTED))]
+        ),
+        max_size=40,
+    )
+)
+def test_ownership_is_that_of_the_pagemap(entries: list[int]) -> None:
     first = 3
     with _pagemap([0] * first + entries) as fd:
-        whole = Range(first * PAGE, (first + len(entries)) * PAGE)
-        runs = procfs.exclusive_runs(fd, whole)
-    pages = {address // PAGE - first for run in runs for address in run.addresses()}
-    assert pages == {page for page, entry in enumerate(entries) if entry & PRESENT and entry & EXCLUSIVE}
-    assert all(before.end < after.start for before, after in itertools.pairwise(runs)), "as few as can be"
+        whole = procfs.ownership(fd, Range(first * PAGE, (first + len(entries)) * PAGE))
+    shared, own, written = (
+        {address // PAGE - first for run in runs for address in run.addresses()}
+        for runs in (whole.shared, whole.own, whole.written)
+    )
+    there = {page for page, entry in enumerate(entries) if entry & (PRESENT | SWAPPED)}
+    assert shared == {page for page in there if entries[page] & PRESENT and not entries[page] & EXCLUSIVE}
+    assert own == there - shared
+    assert written == {page for page in own if entries[page] & PRESENT and not entries[page] & PROTECTED}
+    for runs in (whole.shared, whole.own, whole.written):
+        assert all(before.end < after.start for before, after in itertools.pairwise(runs)), "as few as can be"
 
 
-def test_exclusive_runs_of_a_text_that_is_too_short_are_what_it_holds() -> None:
+def test_ownership_of_a_text_that_is_too_short_is_what_it_holds() -> None:
     with _pagemap([PRESENT | EXCLUSIVE] * 2) as fd:
-        assert procfs.exclusive_runs(fd, Range(PAGE, 9 * PAGE)) == [Range(PAGE, 2 * PAGE)]
-        assert procfs.exclusive_runs(fd, Range(5 * PAGE, 9 * PAGE)) == []
+        assert procfs.ownership(fd, Range(PAGE, 9 * PAGE)).own == [Range(PAGE, 2 * PAGE)]
+        assert procfs.ownership(fd, Range(5 * PAGE, 9 * PAGE)).own == []
 
 
 @contextlib.contextmanager
