@@ -49,6 +49,7 @@ DROP_SLICE_BYTES: Final = 4 << 20
 DROP_BREATH_US: Final = 1500
 IN_FLIGHT: Final = 3
 RETRIES: Final = 6
+TIDY_BYTES: Final = 16 << 20
 RETRY_DELAY_S: Final = 0.01
 SHARED_RETRIES: Final = 10
 MIN_PART_PAGES: Final = 8
@@ -82,6 +83,7 @@ class Dump:
         self._skipped: Counter[str] = Counter()
         self._pages: Counter[str] = Counter()
         self._stored_bytes = 0
+        self._tidied_at = 0
         self._stops: list[int] = []
         self._put_off = 0
         self._done_bytes = 0
@@ -364,6 +366,7 @@ class Dump:
         report = piece.wait()
         self._pages["packed_zero"] += report.zero_pages
         self._stored_bytes += report.stored_bytes
+        self._tidy()
         if report.cause:
             raise self._meaning(OSError(-report.cause, os.strerror(-report.cause)))
         try:
@@ -374,6 +377,15 @@ class Dump:
             raise self._meaning(error) from error
         self._flying.popleft()
         piece.close()
+
+    def _tidy(self) -> None:
+        """Frames that this dump replaced are given back while it runs, not all at its end."""
+        if self._stored_bytes - self._tidied_at < TIDY_BYTES:
+            return
+        self._tidied_at = self._stored_bytes
+        with contextlib.suppress(OSError):  # a file system that can't punch holes
+            while engine.tidy_store([self._native]):
+                pass
 
     def _abandon(self) -> None:
         """After a failure: what is aside returns to the target, or stays aside and is served from there."""

@@ -91,6 +91,7 @@ async def _main(control: socket.socket, agent: socket.socket, state_dir: Path, r
         nursery.start_soon(manager.listen_to_engine)
         nursery.start_soon(manager.watch_users)
         nursery.start_soon(agents.serve_agents, agent, manager)
+        nursery.start_soon(manager.keep_house)
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             async with trio.open_nursery() as serving:
                 answering = trio.CancelScope()

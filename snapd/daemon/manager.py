@@ -65,6 +65,9 @@ FRAME_ERRORS: Final = {
 }
 CHILD_WAIT_S: Final = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 CHILD_NOTICE_TRIES: Final = 3
+MAX_TIDY_CALLS: Final = 1000
+HOUSE_S: Final = 10.0
+HOUSE_SLACK_BYTES: Final = 16 << 20
 RETRY_SHUTDOWN_S: Final = 1.0
 PATIENCE_S: Final = 10.0
 LOOK_S: Final = 0.1
@@ -170,10 +173,40 @@ class Manager:
                 await self._trim(session)
 
     async def _trim(self, session: Session) -> None:
-        """Give the file system back what of the store nobody needs any more."""
-        if session.store is not None and not session.gone.is_set():
-            with contextlib.suppress(OSError):  # a file system that can't punch holes
-                await self._in_thread(session, session.store.trim)
+        """Give the file system back what of a store nobody needs any more.
+
+        All who share the store stay meanwhile. While much is to be moved others get a turn between two calls.
+        """
+        for _ in range(MAX_TIDY_CALLS):
+            if session.gone.is_set() or session.state is State.GONE:
+                return
+            key = session.native.store_key()
+            everybody = [one for one in self._sessions.values() if one.state is not State.GONE]
+            family = [one for one in everybody if one.native.store_key() == key]
+            async with contextlib.AsyncExitStack() as held:
+                for one in family:  # in the order of the table, as anybody who holds several
+                    await held.enter_async_context(one.looking)
+                there = [one.native for one in family if one.state is not State.GONE]
+                try:
+                    moved = await self._in_thread(session, partial(engine.tidy_store, there)) if there else 0
+                except OSError as error:  # a file system that can't punch holes, or one without any room
+                    log.debug("pid %d: its store is not tidied: %s", session.pid, error.strerror)
+                    return
+            if not moved:
+                return
+
+    async def keep_house(self) -> None:
+        """From time to time: what programs threw away leaves room in the stores, though nobody dumps."""
+        while True:
+            await trio.sleep(HOUSE_S)
+            seen = set()
+            for session in list(self._sessions.values()):
+                if session.state is not State.ATTACHED or session.gone.is_set():
+                    continue
+                stats, key = session.native.store_stats(), session.native.store_key()
+                if key not in seen and stats.written_bytes > 2 * stats.live_bytes + HOUSE_SLACK_BYTES:
+                    await self._trim(session)
+                seen.add(key)
 
     async def detach(self, peer: Peer, pid: int) -> None:
         """Bring every page back and end the session; its agent does not come again."""

@@ -281,38 +281,58 @@ def page_map_create() -> int:
     return check(lib.sn_page_map_create())
 
 
+@dataclass(frozen=True, slots=True)
+class StoreStats:
+    """Bytes of a store: `live_bytes` of frames that are referred to, once for each reference; `written_bytes` in all.
+
+    `tail` is where the next frame goes, `trimmed_bytes` went back to the file system since the start.
+    """
+
+    tail: int
+    live_bytes: int
+    written_bytes: int
+    trimmed_bytes: int
+
+
 class Store:
     """An open store that sessions share; owns its descriptor."""
 
-    def __init__(self, fd: int, store_id: bytes, tail: int) -> None:
-        """Take over `fd`, whose frames so far end at `tail`."""
+    def __init__(self, fd: int, store_id: bytes, tail: int, limit: int = 0) -> None:
+        """Take over `fd`, whose frames end at `tail`; `limit` is how many segments it may have, 0 for the most."""
         self.fd = fd
-        self.handle = lib.sn_store_open(fd, store_id, tail)
+        self.handle = lib.sn_store_open(fd, store_id, tail, limit)
         if not self.handle:
             raise MemoryError
 
-    def tail(self) -> int:
-        """Return the size of the file in bytes, holes included."""
-        return self._stats()[0]
-
-    def trimmed_bytes(self) -> int:
-        """Return the bytes that went back to the file system."""
-        return self._stats()[1]
-
-    def _stats(self) -> tuple[int, int]:
-        stats = ffi.new("struct sn_store_stats *")
-        lib.sn_store_stats(self.handle, stats)
-        return stats.tail, stats.trimmed_bytes
-
-    def trim(self) -> None:
-        """Give the space of dead segments back; OSError as fallocate gives it."""
-        check(lib.sn_store_trim(self.handle))
+    def stats(self) -> StoreStats:
+        """Return its figures."""
+        return _store_stats(self.handle)
 
     def release(self) -> None:
         """Let go; the last session that uses the store closes it."""
         if self.handle:
             lib.sn_store_release(self.handle)
             self.handle = None
+
+
+def _store_stats(handle: Any) -> StoreStats:
+    raw = ffi.new("struct sn_store_stats *")
+    lib.sn_store_stats(handle, raw)
+    return StoreStats(*(getattr(raw, name) for name in StoreStats.__slots__))
+
+
+def tidy_store(sessions: Sequence[Session]) -> int:
+    """Give back what of a store nobody needs, and move what is left of mostly dead segments; returns how many bytes.
+
+    `sessions` are some or all that share one store; none of them may end meanwhile. At most a few dozen segments are
+    moved a call. OSError as the file system gives it.
+    """
+    store = lib.sn_session_store(sessions[0].handle)
+    moved = ffi.new("uint64_t *")
+    check(lib.sn_store_trim(store))
+    check(lib.sn_store_compact(store, [one.handle for one in sessions], len(sessions), moved))
+    check(lib.sn_store_trim(store))
+    return int(moved[0])
 
 
 class Session:
@@ -402,6 +422,14 @@ class Session:
         """Let packing stop with ENOSPC before the store's file system has less than that free."""
         lib.sn_store_set_floor(lib.sn_session_store(self.handle), free_bytes)
 
+    def store_key(self) -> int:
+        """Return a number that sessions have in common which share a store."""
+        return int(ffi.cast("uintptr_t", lib.sn_session_store(self.handle)))
+
+    def store_stats(self) -> StoreStats:
+        """Return the figures of its store."""
+        return _store_stats(lib.sn_session_store(self.handle))
+
     def take_forked(self) -> bool:
         """Whether pages may be shared with a forked child: it forked since the last call, or `set_forked` said so."""
         return bool(lib.sn_session_take_forked(self.handle))
@@ -468,6 +496,10 @@ class Model:
     def blank(self, start: int, npages: int) -> None:
         """Watch pages that were never moved."""
         check(lib.sn_model_add(self.session.handle, start, npages, (1 << 64) - 1))
+
+    def skip(self, nentries: int) -> None:
+        """Let so many entries have been given out before."""
+        lib.sn_model_skip(self.session.handle, nentries)
 
     def event(self, event: int, a: int, b: int, c: int = 0, npages_more: int = 0) -> tuple[int, int] | None:
         """Let an event be read: REMAP(from, to, length), REMOVE(start, end), UNMAP(start, end).

@@ -20,7 +20,7 @@ struct sn_notice {
 };
 
 struct sn_store_stats {
-	uint64_t tail, live_frames, dead_segments, trimmed_bytes;
+	uint64_t tail, live_bytes, written_bytes, trimmed_bytes; /* written: and not given back */
 };
 
 /* What makes a target: agent_sock is -1 for a forked child without an agent. */
@@ -75,10 +75,14 @@ int sn_init(const struct sn_codec *codec, int npackers);
 int sn_notice_fd(void);
 int sn_next_notice(struct sn_notice *ret); /* 1 when there was one */
 
-struct sn_store *sn_store_open(int fd, const unsigned char *id, uint64_t tail);
+/* limit: segments of 1 MiB that a store may have; 0 for the most there are. */
+struct sn_store *sn_store_open(int fd, const unsigned char *id, uint64_t tail, uint64_t limit);
 void sn_store_release(struct sn_store *store);
 void sn_store_stats(struct sn_store *store, struct sn_store_stats *ret);
 void sn_store_set_floor(struct sn_store *store, uint64_t free_bytes); /* packing keeps that much free */
+/* Moves what is left of segments of which less than half is needed to the end of the store: at most a few dozen a call.
+ * sessions: those that share the store; none of them may end meanwhile. ret_bytes: what was moved. */
+int sn_store_compact(struct sn_store *store, struct sn_session **sessions, int nsessions, uint64_t *ret_bytes);
 int sn_store_trim(struct sn_store *store); /* gives space of dead segments back to the file system */
 
 int sn_page_map_create(void); /* a sealed memfd, or a negative errno */
@@ -183,6 +187,7 @@ void sn_page_map_trim(struct sn_session *session);
  * the end of that wait when nobody vacates it, the end of a drain, room made in the ring, what the mover unmaps, a full
  * stop, and the entry of an address (all ones: none). */
 int sn_model_add(struct sn_session *session, uint64_t start, uint64_t npages, uint64_t entry);
+void sn_model_skip(struct sn_session *session, uint64_t nentries); /* as if so many had been given out and taken back */
 int sn_model_event(struct sn_session *session, int event, uint64_t a, uint64_t b, uint64_t c, uint32_t npages_more,
 		   uint64_t *ret_need);
 int sn_model_force(struct sn_session *session);

@@ -43,6 +43,7 @@ bool bulk_next(struct sn_session *session, uint64_t *at, uint64_t end, struct ru
 
 	ret->n = 0;
 	pthread_rwlock_rdlock(&session->lock);
+	ret->reused = atomic_load(&session->store->reused);
 	table = pm_table(&session->pm);
 	for (long i = pm_first_at(table, *at); i < (long)table->nrecords && !ret->n; i++) {
 		const struct record *record = &table->records[i];
@@ -127,7 +128,8 @@ static bool unchanged(struct sn_session *session, const struct run *run, uint64_
 	long i = pm_find(table, run->start + from * PAGE);
 	const struct record *record = i >= 0 ? &table->records[i] : NULL;
 
-	if (session->unseen || !record || record->first == NO_ENTRIES ||
+	if (session->unseen || run->reused != atomic_load(&session->store->reused) || !record ||
+	    record->first == NO_ENTRIES ||
 		record->first + (run->start + from * PAGE - record->start) / PAGE != run->first + from ||
 	    record->start + record->npages * PAGE < run->start + (from + count) * PAGE)
 		return false;

@@ -20,7 +20,7 @@ static const unsigned char zero_page[PAGE] __attribute__((aligned(4096)));
 
 struct place {
 	bool known, recorded, not_now;
-	uint64_t index, entry, aside;
+	uint64_t index, entry, aside, reused;
 };
 
 int filler_init(struct filler *filler)
@@ -48,7 +48,9 @@ static struct place look_up(struct sn_session *session, uint64_t address)
 {
 	const struct table *table = pm_table(&session->pm);
 	long i = pm_find(table, address);
-	struct place place = {.known = i >= 0 && table->records[i].first != NO_ENTRIES, .recorded = i >= 0};
+	struct place place = {.known = i >= 0 && table->records[i].first != NO_ENTRIES,
+			      .recorded = i >= 0,
+			      .reused = atomic_load(&session->store->reused)};
 
 	if (place.known) {
 		const struct record *record = &table->records[i];
@@ -65,10 +67,12 @@ static struct place look_up(struct sn_session *session, uint64_t address)
 	return place;
 }
 
+/* The same frame, unless its segment was given back and is used again: then the same entry may mean other bytes. */
 static bool same_place(const struct place *a, const struct place *b)
 {
 	return a->known == b->known && !b->not_now &&
-	       (!a->known || (a->index == b->index && a->entry == b->entry && a->aside == b->aside));
+	       (!a->known || (a->index == b->index && a->entry == b->entry && a->aside == b->aside &&
+			      a->reused == b->reused));
 }
 
 /* After a COPY: the page is present. Others may have changed the entry under the shared lock: a packing thread may

@@ -58,6 +58,7 @@ struct interval {
 #define RING_SLOTS 512 /* of each of the two rings */
 #define READ_SLOTS 32  /* of one read */
 #define MAX_ENTRIES (1ULL << 31)
+#define PM_REUSE_FROM (MAX_ENTRIES / 2)
 
 struct table {
 	uint64_t nrecords, ndebts;
@@ -134,28 +135,30 @@ struct sn_store {
 	unsigned char id[16];
 	uint32_t id_crc;
 	atomic_int references;
-	pthread_mutex_t lock; /* tail */
-	_Atomic uint64_t tail;
-	_Atomic uint32_t *live; /* references to frames by segment, of all page maps */
-	uint8_t *trimmed;
+	pthread_mutex_t lock;	     /* tail, end */
+	_Atomic uint64_t tail, end;  /* where the next frame goes; behind all segments that were ever begun */
+	uint64_t limit;		     /* segments; when all were begun, those that were given back are used again */
+	_Atomic uint64_t reused;     /* counts segments used again: what was read before may be another page */
+	_Atomic uint64_t *live;	     /* bytes of frames that are referred to by segment, once for each reference */
+	_Atomic uint32_t *written;   /* bytes that were written to each segment and not given back */
 	_Atomic uint64_t trimmed_bytes, floor;
 };
 
 /* store.c */
 void store_name(struct sn_store *store, const unsigned char *id);
-int store_reserve(struct sn_store *store, uint64_t bytes, uint64_t *ret_offset);
+int store_reserve(struct sn_store *store, uint64_t bytes, bool keep_floor, uint64_t *ret_offset);
 int store_write(struct sn_store *store, const void *frames, uint64_t bytes, uint64_t offset);
-void store_hold(struct sn_store *store, uint64_t offset);
-void store_unhold(struct sn_store *store, uint64_t offset);
+void store_hold(struct sn_store *store, uint64_t offset, uint64_t bytes);
+void store_unhold(struct sn_store *store, uint64_t offset, uint64_t bytes);
 static inline void store_hold_entry(struct sn_store *store, uint64_t e)
 {
 	if (entry_has_frame(e))
-		store_hold(store, ENTRY_OFFSET(e));
+		store_hold(store, ENTRY_OFFSET(e), ENTRY_BYTES(e));
 }
 static inline void store_unhold_entry(struct sn_store *store, uint64_t e)
 {
 	if (entry_has_frame(e))
-		store_unhold(store, ENTRY_OFFSET(e));
+		store_unhold(store, ENTRY_OFFSET(e), ENTRY_BYTES(e));
 }
 
 /* ---- frames ---- */
@@ -358,7 +361,7 @@ void *filler_main(void *session);
 struct run { /* pages in a row and the entries they had when they were looked up */
 	uint64_t start, first;
 	uint64_t entries[RUN_PAGES];
-	uint64_t n;
+	uint64_t n, reused;
 };
 struct bulk {
 	struct sn_session *session;

@@ -18,13 +18,22 @@ int sn_model_add(struct sn_session *session, uint64_t start, uint64_t npages, ui
 	table = pm_edit(pm);
 	first = NO_ENTRIES;
 	error = entry == ~0ULL ? 0 : pm_alloc(pm, npages, &first);
-	for (uint64_t i = 0; i < npages && first != NO_ENTRIES && !error; i++)
-		entry_put(session, first + i, entry + (i << 18));
+	for (uint64_t i = 0; i < npages && first != NO_ENTRIES && !error; i++) {
+		uint64_t one = entry_has_frame(entry) ? entry + (i << 18) : entry;
+
+		store_hold_entry(session->store, one);
+		entry_put(session, first + i, one);
+	}
 	if (!error)
 		error = pm_insert(table, (struct record){start, npages, first, 0});
 	pm_commit(pm);
 	pthread_rwlock_unlock(&session->lock);
 	return error;
+}
+
+void sn_model_skip(struct sn_session *session, uint64_t nentries)
+{
+	session->pm.alloc_next += nentries;
 }
 
 int sn_model_event(struct sn_session *session, int event, uint64_t a, uint64_t b, uint64_t c, uint32_t npages_more,

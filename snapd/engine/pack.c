@@ -95,7 +95,7 @@ static int write_batch(struct sn_piece *piece, struct batch *batch, struct sn_pa
 
 	if (!batch->n)
 		return 0;
-	error = store_reserve(store, batch->used, &offset);
+	error = store_reserve(store, batch->used, true, &offset);
 	if (error)
 		return error;
 	at = 0;
@@ -122,7 +122,7 @@ static int write_batch(struct sn_piece *piece, struct batch *batch, struct sn_pa
 		}
 		at += batch->bytes[i];
 	}
-	store_unhold(store, offset);
+	store_unhold(store, offset, batch->used);
 	return error;
 }
 

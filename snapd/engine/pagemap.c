@@ -295,6 +295,8 @@ int pm_alloc(struct page_map *pm, uint64_t npages, uint64_t *ret_first)
 	*ret_first = pm->alloc_next;
 	pm->alloc_next += npages;
 	pm->header->nentries = max_u64(pm->header->nentries, pm->alloc_next);
+	for (uint64_t i = 0; i < npages; i++) /* they may have been another page's */
+		atomic_store_explicit(&pm->entries[*ret_first + i], ST_NONE, memory_order_relaxed);
 	return 0;
 }
 
@@ -305,21 +307,38 @@ static int by_first(const void *a, const void *b)
 	return x->first < y->first ? -1 : x->first > y->first;
 }
 
-/* Gives the memory of entries that belong to no record back. used: the records, with room for the caller's extra. */
-void pm_trim(struct page_map *pm, struct record *used, uint64_t n)
+/* Entries of no record are blank; whole pages of them take no memory. */
+static void blank(struct page_map *pm, uint64_t first, uint64_t end)
 {
 	const uint64_t per_page = PAGE / 8;
-	uint64_t free_from = 0;
+	uint64_t from = (first + per_page - 1) / per_page * per_page, to = end / per_page * per_page;
+
+	if (from >= to)
+		return;
+	fallocate(pm->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)(PM_ENTRIES_OFFSET + from * 8),
+		  (off_t)((to - from) * 8));
+}
+
+/* Gives the memory of entries that belong to no record back, and lets new ones come from the widest gap once half of
+ * all have been given out: a session that lives long does not run out of them. */
+void pm_trim(struct page_map *pm, struct record *used, uint64_t n)
+{
+	uint64_t free_from = 0, gap = 0, gap_end = 0;
 
 	qsort(used, n, sizeof(*used), by_first);
 	for (uint64_t i = 0; i <= n; i++) {
-		uint64_t upto = i < n ? used[i].first : pm->alloc_next;
-		uint64_t from = (free_from + per_page - 1) / per_page * per_page, to = upto / per_page * per_page;
+		uint64_t upto = i < n ? used[i].first : MAX_ENTRIES;
 
-		if (from < to)
-			fallocate(pm->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
-				  (off_t)(PM_ENTRIES_OFFSET + from * 8), (off_t)((to - from) * 8));
+		blank(pm, free_from, min_u64(upto, pm->header->nentries));
+		if (upto > free_from && upto - free_from > gap_end - gap) {
+			gap = free_from;
+			gap_end = upto;
+		}
 		if (i < n)
 			free_from = max_u64(free_from, used[i].first + used[i].npages);
+	}
+	if (pm->alloc_next > PM_REUSE_FROM || pm->alloc_limit < MAX_ENTRIES) {
+		pm->alloc_next = gap;
+		pm->alloc_limit = gap_end;
 	}
 }

@@ -221,7 +221,9 @@ int session_fork(struct sn_session *session, const struct table *from, int uffd)
 		for (uint64_t k = 0; k < record->npages; k++)
 			store_hold_entry(session->store, child->pm.entries[record->first + k]);
 	}
-	child->pm.header->nentries = child->pm.alloc_next = session->pm.alloc_next;
+	child->pm.header->nentries = session->pm.header->nentries;
+	child->pm.alloc_next = session->pm.alloc_next;
+	child->pm.alloc_limit = session->pm.alloc_limit;
 	pm_commit(&child->pm);
 	if (aside)
 		atomic_fetch_add(&source->fork_copies, 1);

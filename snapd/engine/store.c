@@ -17,17 +17,35 @@ void store_name(struct sn_store *store, const unsigned char *id)
 	store->id_crc = frame_crc(0, id, sizeof(store->id));
 }
 
-struct sn_store *sn_store_open(int fd, const unsigned char *id, uint64_t tail)
+/* What a former daemon has written is counted by segment; what it gave back is a hole. */
+static void count_written(struct sn_store *store, uint64_t end)
+{
+	for (uint64_t at = HEADER_BYTES; at < end;) {
+		off_t from = lseek(store->fd, (off_t)at, SEEK_DATA), to;
+
+		if (from < 0)
+			break;
+		to = lseek(store->fd, from, SEEK_HOLE);
+		if (to < 0)
+			to = (off_t)end;
+		for (at = (uint64_t)from; at < (uint64_t)to; at = (at | (SEGMENT_BYTES - 1)) + 1)
+			if (at >> SEGMENT_SHIFT < MAX_SEGMENTS)
+				store->written[at >> SEGMENT_SHIFT] +=
+					(uint32_t)(min_u64((uint64_t)to, (at | (SEGMENT_BYTES - 1)) + 1) - at);
+	}
+}
+
+struct sn_store *sn_store_open(int fd, const unsigned char *id, uint64_t tail, uint64_t limit)
 {
 	struct sn_store *store = calloc(1, sizeof(*store));
 
 	if (!store)
 		return NULL;
 	store->live = calloc(MAX_SEGMENTS, sizeof(*store->live));
-	store->trimmed = calloc(MAX_SEGMENTS / 8, 1);
-	if (!store->live || !store->trimmed) {
+	store->written = calloc(MAX_SEGMENTS, sizeof(*store->written));
+	if (!store->live || !store->written) {
 		free((void *)store->live);
-		free(store->trimmed);
+		free((void *)store->written);
 		free(store);
 		return NULL;
 	}
@@ -35,6 +53,9 @@ struct sn_store *sn_store_open(int fd, const unsigned char *id, uint64_t tail)
 	store_name(store, id);
 	atomic_store(&store->references, 1);
 	atomic_store(&store->tail, tail);
+	atomic_store(&store->end, (tail + SEGMENT_BYTES - 1) >> SEGMENT_SHIFT);
+	store->limit = limit ? min_u64(limit, MAX_SEGMENTS) : MAX_SEGMENTS;
+	count_written(store, tail);
 	pthread_mutex_init(&store->lock, NULL);
 	return store;
 }
@@ -46,18 +67,18 @@ void sn_store_release(struct sn_store *store)
 	close(store->fd); /* unnamed: the last close frees its blocks */
 	pthread_mutex_destroy(&store->lock);
 	free((void *)store->live);
-	free(store->trimmed);
+	free((void *)store->written);
 	free(store);
 }
 
-void store_hold(struct sn_store *store, uint64_t offset)
+void store_hold(struct sn_store *store, uint64_t offset, uint64_t bytes)
 {
-	atomic_fetch_add_explicit(&store->live[offset >> SEGMENT_SHIFT], 1, memory_order_relaxed);
+	atomic_fetch_add_explicit(&store->live[offset >> SEGMENT_SHIFT], bytes, memory_order_relaxed);
 }
 
-void store_unhold(struct sn_store *store, uint64_t offset)
+void store_unhold(struct sn_store *store, uint64_t offset, uint64_t bytes)
 {
-	atomic_fetch_sub_explicit(&store->live[offset >> SEGMENT_SHIFT], 1, memory_order_release);
+	atomic_fetch_sub_explicit(&store->live[offset >> SEGMENT_SHIFT], bytes, memory_order_release);
 }
 
 void sn_store_set_floor(struct sn_store *store, uint64_t free_bytes)
@@ -74,22 +95,42 @@ static bool below_floor(struct sn_store *store)
 	return floor && fstatvfs(store->fd, &there) == 0 && (uint64_t)there.f_bavail * there.f_frsize < floor;
 }
 
+static bool is_free(const struct sn_store *store, uint64_t segment)
+{
+	return !atomic_load_explicit(&store->live[segment], memory_order_acquire) && !store->written[segment];
+}
+
+/* For whoever holds the lock: the offset of a segment to begin. A store that has had all its segments begun uses those
+ * again that were given back: whoever read one of them before has to look again. */
+static int next_segment(struct sn_store *store, uint64_t *ret_offset)
+{
+	if (store->end < store->limit) {
+		*ret_offset = store->end++ << SEGMENT_SHIFT;
+		return 0;
+	}
+	for (uint64_t i = 1; i < store->limit; i++)
+		if (is_free(store, i)) {
+			atomic_fetch_add(&store->reused, 1);
+			*ret_offset = i << SEGMENT_SHIFT;
+			return 0;
+		}
+	return -EFBIG;
+}
+
 /* The room is held, so that no segment of it is given back before its entries are published: the caller unholds. */
-int store_reserve(struct sn_store *store, uint64_t bytes, uint64_t *ret_offset)
+int store_reserve(struct sn_store *store, uint64_t bytes, bool keep_floor, uint64_t *ret_offset)
 {
 	int error = 0;
 
 	pthread_mutex_lock(&store->lock);
 	*ret_offset = atomic_load(&store->tail);
 	/* No frame crosses a segment: what a segment holds lives and dies with it. The gap takes no blocks. */
-	if (*ret_offset % SEGMENT_BYTES + bytes > SEGMENT_BYTES)
-		*ret_offset = (*ret_offset + SEGMENT_BYTES - 1) & ~(SEGMENT_BYTES - 1);
-	if (*ret_offset + bytes > MAX_SEGMENTS << SEGMENT_SHIFT) {
-		error = -EFBIG;
-	} else if (*ret_offset % SEGMENT_BYTES == 0 && below_floor(store)) {
-		error = -ENOSPC;
-	} else {
-		store_hold(store, *ret_offset);
+	if (*ret_offset % SEGMENT_BYTES == 0 || *ret_offset % SEGMENT_BYTES + bytes > SEGMENT_BYTES)
+		error = keep_floor && below_floor(store) ? -ENOSPC : next_segment(store, ret_offset);
+	if (!error) {
+		store_hold(store, *ret_offset, bytes);
+		store->written[*ret_offset >> SEGMENT_SHIFT] += (uint32_t)bytes;
+		/* A full segment's end is no place: the next one may be another's. */
 		atomic_store(&store->tail, *ret_offset + bytes);
 	}
 	pthread_mutex_unlock(&store->lock);
@@ -114,17 +155,17 @@ int store_write(struct sn_store *store, const void *frames, uint64_t bytes, uint
 
 void sn_store_stats(struct sn_store *store, struct sn_store_stats *ret)
 {
-	uint64_t tail = atomic_load(&store->tail);
+	uint64_t end = atomic_load(&store->end);
 
-	*ret = (struct sn_store_stats){.tail = tail, .trimmed_bytes = atomic_load(&store->trimmed_bytes)};
-	for (uint64_t i = 0; i < tail >> SEGMENT_SHIFT; i++) {
-		uint32_t live = atomic_load_explicit(&store->live[i], memory_order_relaxed);
-
-		ret->live_frames += live;
-		ret->dead_segments += !live;
+	*ret = (struct sn_store_stats){.tail = atomic_load(&store->tail),
+				       .trimmed_bytes = atomic_load(&store->trimmed_bytes)};
+	for (uint64_t i = 0; i < end; i++) {
+		ret->live_bytes += atomic_load_explicit(&store->live[i], memory_order_relaxed);
+		ret->written_bytes += atomic_load_explicit(&store->written[i], memory_order_relaxed);
 	}
 }
 
+/* For whoever holds the lock, so that the segment is not begun anew meanwhile. */
 static int punch(struct sn_store *store, uint64_t segment)
 {
 	uint64_t from = segment ? segment << SEGMENT_SHIFT : HEADER_BYTES; /* the first one begins with the header */
@@ -132,32 +173,28 @@ static int punch(struct sn_store *store, uint64_t segment)
 
 	if (fallocate(store->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)from, (off_t)(to - from)))
 		return -errno;
-	store->trimmed[segment / 8] |= (uint8_t)(1 << (segment % 8));
-	atomic_fetch_add(&store->trimmed_bytes, to - from);
+	atomic_fetch_add(&store->trimmed_bytes, store->written[segment]);
+	store->written[segment] = 0;
 	return 0;
-}
-
-static bool is_dead(const struct sn_store *store, uint64_t segment)
-{
-	return !atomic_load_explicit(&store->live[segment], memory_order_acquire) &&
-	       !(store->trimmed[segment / 8] & (1 << (segment % 8)));
 }
 
 int sn_store_trim(struct sn_store *store)
 {
-	uint64_t last;
+	uint64_t end = atomic_load(&store->end);
 	int error = 0;
 
-	/* The segment that is being filled: when nobody needs it any more it is left behind like the others. */
-	pthread_mutex_lock(&store->lock);
-	last = atomic_load(&store->tail) >> SEGMENT_SHIFT;
-	if (atomic_load(&store->tail) > HEADER_BYTES && is_dead(store, last))
-		atomic_store(&store->tail, ++last << SEGMENT_SHIFT);
-	pthread_mutex_unlock(&store->lock);
-	/* A segment below the tail gains no references once it has none: frames are only appended, and a fork copies
-	 * references that exist. */
-	for (uint64_t i = 0; i < last && !error; i++)
-		if (is_dead(store, i))
+	/* A segment gains no references once it has none: frames are only appended, and a fork copies references that
+	 * exist. What is reserved is referred to. */
+	for (uint64_t i = 0; i < end && !error; i++) {
+		if (atomic_load_explicit(&store->live[i], memory_order_acquire) || !store->written[i])
+			continue;
+		pthread_mutex_lock(&store->lock);
+		if (!atomic_load_explicit(&store->live[i], memory_order_acquire)) {
+			if (atomic_load(&store->tail) >> SEGMENT_SHIFT == i) /* also the one that is being filled */
+				atomic_store(&store->tail, (i + 1) << SEGMENT_SHIFT);
 			error = punch(store, i);
+		}
+		pthread_mutex_unlock(&store->lock);
+	}
 	return error;
 }

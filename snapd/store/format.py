@@ -333,6 +333,7 @@ class Actor(enum.StrEnum):
     FILL = "fill"
     RETURN = "return"
     EVENT = "event"
+    COMPACT = "compact"
 
 
 _S = PageState
@@ -364,6 +365,8 @@ ENTRY_TRANSITIONS: Final[Mapping[Actor, Mapping[PageState, frozenset[PageState]]
         Actor.RETURN: {state: frozenset({_S.NONE, _S.GUARD}) for state in _S},
         # Discarded or unmapped by the target: the bytes are nobody's now.
         Actor.EVENT: {state: frozenset({_S.NONE}) for state in _S},
+        # The frame has been appended anew.
+        Actor.COMPACT: {state: frozenset({state}) for state in _S if state.has_frame},
     }
 )
 """The states that each actor may give a page, by the state that it has now."""
@@ -373,7 +376,8 @@ def may_change(actor: Actor, before: PageEntry, after: PageEntry) -> bool:
     """Return whether `actor` may replace `before` by `after`.
 
     MARK sets the moving flag; LOOK clears it, and RETURN for what cannot stay aside. Packing threads and fills leave a
-    moving page alone. A page that had a frame and has one still has the same frame.
+    moving page alone, and so does COMPACT. A page that had a frame and has one still has the same frame, but for
+    COMPACT: it has one of the same length at another place.
     """
     if after.state not in ENTRY_TRANSITIONS[actor].get(before.state, frozenset()):
         return False
@@ -381,7 +385,9 @@ def may_change(actor: Actor, before: PageEntry, after: PageEntry) -> bool:
         return False
     if actor is Actor.LOOK and not before.moving:
         return False
-    if actor in (Actor.PACK, Actor.FILL) and before.moving:
+    if actor in (Actor.PACK, Actor.FILL, Actor.COMPACT) and before.moving:
         return False
+    if actor is Actor.COMPACT:
+        return before.length_bytes == after.length_bytes and before.offset != after.offset
     same_frame = (before.offset, before.length_bytes) == (after.offset, after.length_bytes)
     return same_frame or not (before.state.has_frame and after.state.has_frame)
