@@ -14,10 +14,11 @@ from typing import Final
 
 import pytest
 
-from snapd.errors import AgentSilent, SnapdError, TargetStopped
+from snapd.errors import AgentSilent, NotStopping, SnapdError, TargetStopped
 from snapd.protocol.agent import Kind
 from tests.harness import Daemon, Spawner, Target, build, rss_bytes, wait_until
 from tests.kernel.driving import MIB, RunningDump, out_bytes
+from tests.peers import lacking
 
 HEAP_MIB: Final = 16
 LIMIT_S: Final = 10.0
@@ -189,3 +190,47 @@ def test_daemon_gives_everybody_back_and_ends_though_one_program_is_stopped(daem
     for target in (*others, hold):
         target.ask("sum")
         target.quit()
+
+
+@contextlib.contextmanager
+def frozen(target: Target) -> Iterator[None]:
+    """Freeze a program by a cgroup of its own, of either version."""
+    mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    places = [(Path(at), kind) for _, at, kind, options, *_ in mounts if kind == "cgroup2" or "freezer" in options]
+    if not places:
+        lacking("no cgroup file system with a freezer is mounted")
+    top, kind = places[0]
+    group = top / f"snapd-test-{target.pid}"
+    switch, on, off = ("cgroup.freeze", "1", "0") if kind == "cgroup2" else ("freezer.state", "FROZEN", "THAWED")
+    group.mkdir()
+    try:
+        (group / "cgroup.procs").write_text(str(target.pid))
+        (group / switch).write_text(on)
+        try:
+            time.sleep(0.2)
+            yield
+        finally:
+            (group / switch).write_text(off)
+            (top / "cgroup.procs").write_text(str(target.pid))
+    finally:
+        group.rmdir()
+
+
+def test_frozen_program_is_refused_restored_and_given_back(daemon: Daemon, spawn: Spawner) -> None:
+    daemon.allow("was not told|stays aside|could not be moved")
+    hold = spawn("hold", "--mib", HEAP_MIB)
+    daemon.dump(hold.pid)
+    hold.ask("write", 2000, 1)
+    with frozen(hold):
+        error, took_s = failure(daemon, hold.pid)
+        assert isinstance(error, AgentSilent | NotStopping | TargetStopped), error
+        assert took_s < LIMIT_S + SCHEDULING_S
+        daemon.restore(hold.pid)
+        assert out_bytes(daemon, hold.pid) == 0
+    hold.ask("sum")
+    wait_until(lambda: failure(daemon, hold.pid)[0] is None, "a dump of the program that goes on")
+    with frozen(hold):
+        daemon.terminate()
+        assert daemon.process.wait(30) == 0
+    hold.ask("sum")
+    hold.quit()
