@@ -43,10 +43,12 @@ WARNINGS = ["-Wall", "-Wextra", "-Werror"]
 ENGINE_FLAGS = ["-O2", "-g", "-std=gnu11", "-fPIC", "-pthread", "-fvisibility=hidden", f"-I{ENGINE}", f"-I{AGENT}"]
 # cffi's generated code is not ours to keep free of the warnings that only -Wextra gives.
 GLUE_WARNINGS = ["-Wall", "-Werror"]
+# The keeper has unmapped every library by the time it runs.
+FREESTANDING = ["-ffreestanding", "-fno-stack-protector", "-fno-builtin"]
+KEEPER = ENGINE / "keeper.c"
 # Symbols are bound at load: a fault thread that had to resolve its first call would wait for the loader's lock.
 ENGINE_LINK = ["-shared", "-pthread", "-Wl,-z,now,-z,noexecstack"]
-AGENT_FLAGS = ["-O2", "-g", "-std=gnu11", "-ffreestanding", "-fno-stack-protector", "-fno-builtin", "-fPIC"]
-AGENT_FLAGS += ["-fvisibility=hidden"]
+AGENT_FLAGS = ["-O2", "-g", "-std=gnu11", *FREESTANDING, "-fPIC", "-fvisibility=hidden"]
 # -z defs: a call that the compiler invents (memcpy, a libgcc helper) fails here and not in somebody's process.
 AGENT_LINK = ["-nostdlib", "-shared", "-Wl,-z,now,-z,noexecstack,-z,defs"]
 
@@ -119,6 +121,8 @@ def plan(*, syntax_only: bool = False) -> tuple[list[Step], list[Step]]:
     headers = sorted(path.relative_to(ROOT) for path in (ROOT / "snapd").rglob("*.h"))
     extra = shlex.split(os.environ.get("SNAPD_CFLAGS", ""))
     agent_extra = [flag for flag in extra if not flag.startswith("-fsanitize")]
+    engine_flags = {source: [*ENGINE_FLAGS, *WARNINGS, *extra] for source in sources_of(ENGINE)}
+    engine_flags[KEEPER] = [*ENGINE_FLAGS, *FREESTANDING, *WARNINGS, *agent_extra]
 
     def compile_step(source: Path, flags: list[str]) -> Step:
         output = (source if source == GLUE else BUILD / source).with_suffix(".o")
@@ -130,7 +134,7 @@ def plan(*, syntax_only: bool = False) -> tuple[list[Step], list[Step]]:
         return Step([*compiler, *flags, *map(str, objects), "-o", str(output)], output, objects)
 
     agent = [compile_step(source, [*AGENT_FLAGS, *WARNINGS, *agent_extra]) for source in sources_of(AGENT)]
-    engine = [compile_step(source, [*ENGINE_FLAGS, *WARNINGS, *extra]) for source in sources_of(ENGINE)]
+    engine = [compile_step(source, flags) for source, flags in engine_flags.items()]
     if syntax_only:
         return agent + engine, []
     write_glue()

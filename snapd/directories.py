@@ -148,8 +148,8 @@ class RuntimeLock:
     Only the holder may replace the sockets in it, so a socket that it finds there is a dead daemon's.
     """
 
-    def __init__(self, directory: Path) -> None:
-        """Make `directory` when it is missing (mode 0755) and take its lock.
+    def __init__(self, directory: Path, inherited: int = -1) -> None:
+        """Make `directory` when it is missing (mode 0755) and take its lock, or go on with a former daemon's.
 
         Raises DaemonRunning when a living daemon has it, DirectoryUnusable when it cannot be made or used.
         """
@@ -157,6 +157,10 @@ class RuntimeLock:
         self._bound: list[Path] = []
         socket_address(directory, CONTROL_SOCKET)
         _make(directory, RUNTIME_MODE)
+        if inherited >= 0:
+            self._fd = inherited
+            self._write_owner()
+            return
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
             # Nobody else may open the file: flock() asks for no write access, so a reader could lock us out.
@@ -169,8 +173,15 @@ class RuntimeLock:
             pid = self._owner()
             os.close(self._fd)
             raise DaemonRunning(str(directory), pid) from None
+        self._write_owner()
+
+    def _write_owner(self) -> None:
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, b"%d\n" % os.getpid(), 0)
+
+    def fileno(self) -> int:
+        """Return the descriptor that holds the lock."""
+        return self._fd
 
     def _owner(self) -> int:
         # The owner writes its pid just after it has the lock: give it the time.
@@ -203,6 +214,17 @@ class RuntimeLock:
             sock.close()
             raise
         self._bound.append(path)
+        return sock
+
+    def inherit(self, name: str, fd: int) -> socket.socket | None:
+        """Return the socket `fd` that a former daemon bound as `name`, or None when there is none or it has no name."""
+        if fd < 0:
+            return None
+        sock = socket.socket(fileno=fd)
+        if sock.family is not socket.AF_UNIX or sock.getsockname() != str(self.directory / name):
+            sock.close()
+            return None
+        self._bound.append(self.directory / name)
         return sock
 
     def close(self) -> None:

@@ -191,6 +191,10 @@ class Daemon:
         finally:
             os.close(pidfd)
 
+    def expect_successors(self) -> None:
+        """Somebody else ends the daemon: from now on the one that serves is whoever answers."""
+        self._killed = True
+
     def wait_for_successor(self, timeout_s: float = START_S) -> int:
         """After kill(): wait until a daemon answers again and return its pid."""
         wait_until(self._answers, "a successor of the killed daemon", timeout_s)

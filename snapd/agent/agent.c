@@ -35,6 +35,8 @@
 #define QUICK_MS 1000 /* after the end of a connection */
 #define QUICK_PAUSE_MS 25
 #define SLOW_PAUSE_MS 1000
+#define HOLDER_PAUSE_MS 200 /* somebody may be waiting for memory */
+#define TELL_MS 5000
 
 struct user_msghdr {
 	void *name;
@@ -168,13 +170,29 @@ static long make_userfaultfd(struct agent *agent, int device)
 	return 0;
 }
 
+/* The target stands while this moves its memory, as long as the daemon lives. An mremap sleeps until its event is read:
+ * if by a successor, then this connection has ended, and the rest must not be moved while the program runs. */
+static int hung_up(int sock)
+{
+	struct __kernel_timespec none = {0, 0};
+	struct pollfd wait = {.fd = sock, .events = POLLRDHUP};
+
+	return raw5(__NR_ppoll, &wait, 1, &none, 0, 8) > 0 && wait.revents & (POLLRDHUP | POLLHUP | POLLERR);
+}
+
 /* The ranges must belong to the daemon's piece: nothing else runs in the target while this moves them. */
-static long move_aside(struct snapd_wire *m)
+static long move_aside(struct snapd_wire *m, int sock)
 {
 	for (unsigned int i = 0; i + 1 < m->nruns && i + 1 < SNAPD_WIRE_RUNS; i += 2) {
 		const struct snapd_run *from = &m->runs[i];
 		struct snapd_run *to = &m->runs[i + 1];
-		long at = raw5(__NR_mremap, from->start, from->length, from->length,
+		long at;
+
+		if (hung_up(sock)) {
+			*to = (struct snapd_run){0, EPIPE};
+			continue;
+		}
+		at = raw5(__NR_mremap, from->start, from->length, from->length,
 			       SNAPD_MREMAP_MAYMOVE | SNAPD_MREMAP_DONTUNMAP, to->start);
 
 		if (at < 0 && at > -4096) {
@@ -380,7 +398,7 @@ static long hold(struct agent *agent, int fds[NFDS])
 }
 
 /* Executes one command in place; the message becomes its reply. */
-static void execute(struct agent *agent, struct snapd_wire *m, int fds[NFDS])
+static void execute(struct agent *agent, struct snapd_wire *m, int fds[NFDS], int sock)
 {
 	long ret = 0;
 
@@ -397,7 +415,7 @@ static void execute(struct agent *agent, struct snapd_wire *m, int fds[NFDS])
 		ret = stage(m, &m->value);
 		break;
 	case SNAPD_MOVE:
-		ret = move_aside(m);
+		ret = move_aside(m, sock);
 		break;
 	case SNAPD_GUARD:
 		ret = install_guards(m);
@@ -477,7 +495,7 @@ static void mover_main(void *arg)
 			continue;
 		}
 		__atomic_store_n(&agent->busy, 1, __ATOMIC_SEQ_CST);
-		execute(agent, &message, fds);
+		execute(agent, &message, fds, sock);
 		__atomic_store_n(&agent->busy, 0, __ATOMIC_SEQ_CST);
 		if (message.kind == SNAPD_MAKE && message.status == 0)
 			agent_send(sock, &message, &agent->uffd, 1);
@@ -537,10 +555,39 @@ static void wait_hangup(int sock)
 	} while (n == -EINTR);
 }
 
+static char *add_text(char *at, const char *text, unsigned long bytes)
+{
+	while (bytes-- && *text)
+		*at++ = *text++;
+	return at;
+}
+
+/* One line on the program's own stderr, which these threads do not share. */
+static void tell(const struct agent *agent)
+{
+	char line[256 + AGENT_PATH_BYTES], *at = line;
+	long self = raw2(__NR_pidfd_open, raw0(__NR_getpid), 0), out;
+	unsigned long directory = 0;
+
+	for (unsigned long i = 0; agent->path[i]; i++)
+		if (agent->path[i] == '/')
+			directory = i;
+	at = add_text(at, "snapd: the daemon is gone, and has memory of this program: what the program touches of it "
+			  "waits. To get it back: snapd daemon --runtime-dir ", ~0UL);
+	at = add_text(at, agent->path, directory);
+	*at++ = '\n';
+	out = raw3(__NR_pidfd_getfd, self, 2, 0);
+	if (out >= 0) {
+		raw3(__NR_write, out, line, at - line);
+		raw1(__NR_close, out);
+	}
+	raw1(__NR_close, self);
+}
+
 void agent_main(void *arg)
 {
 	struct agent *agent = arg;
-	unsigned int lost_ms = 0;
+	unsigned int lost_ms = 0, waited_ms = 0;
 	char *mover_stack = (char *)agent->region + SNAPD_PAGE + 2 * AGENT_STACK_BYTES;
 
 	raw3(__NR_close_range, 0, ~0U, CLOSE_RANGE_UNSHARE);
@@ -555,6 +602,7 @@ void agent_main(void *arg)
 		pause_us(agent->delay_ms * 1000UL);
 	while (agent->mover_tid > 0 && !__atomic_load_n(&agent->leaving, __ATOMIC_SEQ_CST)) {
 		int sock = agent_connect(agent->path);
+		unsigned int pause_ms;
 
 		if (sock >= 0 && say_hello(agent, sock) < 0)
 			close_fd(&sock);
@@ -572,13 +620,20 @@ void agent_main(void *arg)
 				close_fd(&sock);
 			if (now_ms() - since_ms >= QUICK_MS) /* one that refuses us is not asked all the time */
 				lost_ms = 0;
+			waited_ms = 0;
 		}
 		if (__atomic_load_n(&agent->leaving, __ATOMIC_SEQ_CST))
 			break;
 		/* A successor is found at once, and none at all costs next to nothing. */
-		pause_us((lost_ms < QUICK_MS ? QUICK_PAUSE_MS : SLOW_PAUSE_MS) * 1000UL);
+		pause_ms = lost_ms < QUICK_MS ? QUICK_PAUSE_MS : agent->store >= 0 ? HOLDER_PAUSE_MS : SLOW_PAUSE_MS;
+		pause_us(pause_ms * 1000UL);
 		if (lost_ms < QUICK_MS)
-			lost_ms += QUICK_PAUSE_MS;
+			lost_ms += pause_ms;
+		if (agent->store >= 0 && waited_ms < TELL_MS) {
+			waited_ms += pause_ms;
+			if (agent->tells && waited_ms >= TELL_MS)
+				tell(agent);
+		}
 	}
 	raw1(__NR_exit, 0);
 }

@@ -24,6 +24,7 @@ struct agent {
 	unsigned int leaving;                     /* futex: 1 when the agent has let go */
 	unsigned int closing;                     /* the program wants to leave: no session begins */
 	unsigned int fork_wait;                   /* pages are out and a fork must ask first */
+	unsigned int tells;                       /* a program under `snapd run`: a line on stderr is in order */
 	unsigned int delay_ms;                    /* before a child's first connection: most children end sooner */
 	int last_status;
 };

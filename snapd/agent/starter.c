@@ -112,6 +112,7 @@ static void in_parent(void)
 }
 
 static int start(const char *path, unsigned long sentinel, unsigned int delay_ms);
+static int preloaded;
 
 /* The region is DONTFORK and its threads stay with the parent: a child that may be dumped itself starts anew. The
  * sentinel is inherited: the daemon knows the child's session by it. */
@@ -169,6 +170,7 @@ static int start(const char *path, unsigned long sentinel, unsigned int delay_ms
 	if (!agent)
 		return -ENOMEM;
 	agent->delay_ms = delay_ms;
+	agent->tells = (unsigned int)preloaded;
 	sentinel_page = agent->sentinel;
 	running = agent;
 	raw4(__NR_rt_sigprocmask, 2 /* SIG_SETMASK */, &all, &before, 8);
@@ -266,6 +268,8 @@ __attribute__((constructor)) static void start_when_preloaded(int argc, char **a
 	(void)argc;
 	(void)argv;
 	follow_forks = !value_of(env, ENV_NO_FOLLOW);
-	if (path)
+	if (path) {
+		preloaded = 1;
 		snapd_cooperate(path);
+	}
 }

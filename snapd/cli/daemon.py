@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 import click
@@ -31,11 +32,12 @@ def command(runtime_dir: Path, state_dir: str | None, min_free: str | None) -> N
 
     It gives every page back before it ends. Both directories are made when they are missing.
     """
-    from snapd.daemon.main import serve
     from snapd.daemon.room import MinFree
+    from snapd.daemon.start import serve
 
     try:
         room = MinFree() if min_free is None else MinFree.parse(min_free)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--min-free") from error
-    serve(runtime_dir, directories.state_dir(state_dir), room)
+    # The keeper executes the same command line, the interpreter's own options included.
+    serve(runtime_dir, directories.state_dir(state_dir), room, [sys.executable, *sys.orig_argv[1:]])

@@ -195,7 +195,7 @@ def _daemon(runtime_dir: Path, state_dir: Path, log: Path) -> Generator[int, Non
     """Serve for a while; yields the daemon's pidfd."""
 
     def serve() -> None:
-        from snapd.daemon import main
+        from snapd.daemon import start
         from snapd.daemon.room import MinFree
 
         # Ctrl-C is for the command. Without us nobody would end the daemon; it gives everything back first.
@@ -205,7 +205,7 @@ def _daemon(runtime_dir: Path, state_dir: Path, log: Path) -> Generator[int, Non
             os.dup2(nothing.fileno(), 0)
             os.dup2(said.fileno(), 1)
             os.dup2(said.fileno(), 2)
-        main.serve(runtime_dir, state_dir, MinFree())
+        start.serve(runtime_dir, state_dir, MinFree(), None)
 
     child = _Child(serve)
     try:

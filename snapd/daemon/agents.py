@@ -25,6 +25,7 @@ from snapd.daemon import procfs
 from snapd.daemon.repeats import Repeats, suffix
 from snapd.daemon.server import Peer
 from snapd.daemon.session import Session
+from snapd.daemon.takeover import FLAG_AGENT, FLAG_FORK_EVENTS
 from snapd.errors import KernelLacks, NotPermitted, ProtocolError, SnapdError, TargetGone, UserfaultfdDenied
 from snapd.pages import PAGE, Range
 from snapd.protocol.agent import HELLO_SESSION, MESSAGE_BYTES, Kind, Message
@@ -46,6 +47,7 @@ class AgentSocket:
     def __init__(self, sock: trio.socket.SocketType) -> None:
         """Wrap an accepted connection."""
         self._sock = sock
+        self.files: list[int] = []  # what came with the greeting, open while its handler runs
 
     def peer(self) -> Peer:
         """Return who connected, as the kernel says."""
@@ -114,8 +116,6 @@ async def make_session(sock: AgentSocket, hello: Message, peer: Peer, state_dir:
 
     Raises UserfaultfdDenied, KernelLacks, TargetGone, ProtocolError, and what making a store raises.
     """
-    if hello.flags & HELLO_SESSION:
-        raise ProtocolError(f"pid {peer.pid} holds pages of a daemon that died, and this version can't take them over")
     with ExitStack() as undo:
         pidfd = sock.pidfd(peer.pid)
         undo.callback(os.close, pidfd)
@@ -152,6 +152,7 @@ async def make_session(sock: AgentSocket, hello: Message, peer: Peer, state_dir:
                 raise ProtocolError(f"pid {peer.pid} sent the userfaultfd of another address space") from error
             raise
         undo.pop_all()
+        native.note(uid=peer.uid, born=procfs.start_ticks(peer.pid), flags=_flags(fork_events=fork_events))
         _prefer(tids[1], peer.uid)
         return Session(
             native,
@@ -164,6 +165,10 @@ async def make_session(sock: AgentSocket, hello: Message, peer: Peer, state_dir:
             sentinel=sentinel,
             fork_events=fork_events,
         )
+
+
+def _flags(*, fork_events: bool) -> int:
+    return FLAG_AGENT | (FLAG_FORK_EVENTS if fork_events else 0)
 
 
 def _prefer(mover_tid: int, uid: int) -> None:
@@ -181,15 +186,21 @@ def _close_quietly(fd: int) -> None:
     os.close(fd)
 
 
-async def bind_child(session: Session, sock: AgentSocket, hello: Message, peer: Peer) -> None:
-    """Give a forked child's session the agent that the child has started; raises as `make_session`."""
+async def bind(session: Session, sock: AgentSocket, hello: Message, peer: Peer) -> None:
+    """Give a session an agent: that which a forked child has started, or one that comes again after a takeover.
+
+    Raises as `make_session`.
+    """
     tids = procfs.thread_of(peer.pid, hello.length), procfs.thread_of(peer.pid, hello.dest)
     if not all(tids):
         raise TargetGone(peer.pid)
     pidfd = sock.pidfd(peer.pid)
     try:
-        with trio.fail_after(HANDSHAKE_S):
-            await _hold(sock, *session.native.descriptors())
+        if not hello.flags & HELLO_SESSION:
+            with trio.fail_after(HANDSHAKE_S):
+                await _hold(sock, *session.native.descriptors())
+        elif not _is_page_map_of(session, sock.files):
+            raise ProtocolError(f"pid {peer.pid} holds something else than its session")
         if session.gone.is_set():
             raise TargetGone(peer.pid)
     except BaseException:
@@ -197,11 +208,31 @@ async def bind_child(session: Session, sock: AgentSocket, hello: Message, peer: 
         raise
     agent_sock = sock.into_blocking()
     session.own = _own_ranges(hello)
-    session.pid, session.uid, session.pidfd = peer.pid, peer.uid, pidfd
-    session.native.set_pid(peer.pid)
+    if session.pidfd >= 0:
+        os.close(pidfd)  # somebody waits for the one that is there
+    else:
+        session.pidfd = pidfd
+    if session.pid != peer.pid:  # after a takeover it is known
+        session.native.set_pid(peer.pid)
+    session.pid, session.uid = peer.pid, peer.uid
+    session.native.note(uid=peer.uid, born=procfs.start_ticks(peer.pid), flags=_flags(fork_events=session.fork_events))
     session.native.bind(agent_sock, tids)
     session.listen_to(agent_sock)
     _prefer(tids[1], peer.uid)
+
+
+def check_held(files: list[int]) -> None:
+    """Raise ProtocolError unless these are the descriptors that an agent of a session holds."""
+    if len(files) != 3 or not _is_userfaultfd(files[0]):
+        raise ProtocolError("an agent holds something else than a session")
+
+
+def _is_page_map_of(session: Session, files: list[int]) -> bool:
+    """Whether what an agent holds, read-only copies of store and page map, is what its session has."""
+    store, page_map, _ = session.native.descriptors()
+    return len(files) == 3 and all(
+        os.path.sameopenfile(mine, theirs) for mine, theirs in zip((store, page_map), files[1:], strict=True)
+    )
 
 
 def _own_ranges(hello: Message) -> tuple[Range, ...]:
@@ -324,7 +355,7 @@ async def _greet_peer(sock: AgentSocket, host: Host, peer: Peer) -> None:
     try:
         with ExitStack() as files:
             with trio.fail_after(HANDSHAKE_S):
-                hello, _ = await sock.receive(files)
+                hello, sock.files = await sock.receive(files)
             if not host.may(peer):
                 raise NotPermitted(peer.pid, peer.uid)
             handler = host.handlers().get(hello.kind)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 from snapd import engine
 from snapd.daemon import policy, procfs
 from snapd.daemon.keep import Keeping, Looked, facts_of
-from snapd.daemon.session import Session, pagemap
+from snapd.daemon.session import DROP_BREATH_US, DROP_SLICE_BYTES, Session, pagemap
 from snapd.engine import Outcome
 from snapd.errors import (
     NotStopping,
@@ -45,8 +45,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DEFAULT_LEVEL: Final = 1
-DROP_SLICE_BYTES: Final = 4 << 20
-DROP_BREATH_US: Final = 1500
 IN_FLIGHT: Final = 3
 RETRIES: Final = 6
 TIDY_BYTES: Final = 16 << 20

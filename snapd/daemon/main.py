@@ -1,98 +1,91 @@
-"""The daemon's start and end: limits, locked memory, sockets, signals.
+"""The daemon on trio: its sockets, its end, and who has its keeper's turn.
 
-Owns what a process must be before it may hold other people's memory. The work is manager.py's.
+Owns when a daemon is up and how it ends. What comes before is start.py's, the work is manager.py's.
 """
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import logging
 import os
-import resource
 import signal
 import socket
-import sys
-from contextlib import suppress
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import trio
 
-from snapd import engine
 from snapd.daemon import agents, keep, server
 from snapd.daemon.manager import Manager
-from snapd.directories import AGENT_SOCKET, RuntimeLock, make_state_dir
-from snapd.errors import Internal
+from snapd.daemon.start import ENDING_SIGNALS
+from snapd.daemon.takeover import end_hurry, start_keeper
+from snapd.directories import AGENT_SOCKET, CONTROL_SOCKET, RuntimeLock, make_state_dir
+from snapd.engine import keeper
+from snapd.engine.keeper import Ending, Letter
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
     from snapd.daemon.room import MinFree
+    from snapd.daemon.takeover import Estate
 
 log = logging.getLogger(__name__)
 
-OOM_SCORE_ADJ: Final = -900
-OPEN_FILES: Final = 1 << 19
-_MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
+LOCK, CONTROL, AGENT = 1, 2, 3
+"""The numbers of what is handed over besides sessions."""
+
+LONGEST_HURRY_S: Final = 0.5
+KEEPER_DELAYS_S: Final = (0.0, 1.0, 10.0, 60.0)
 
 
-def serve(runtime_dir: Path, state_dir: Path, room: MinFree) -> None:
-    """Run the daemon until SIGTERM or SIGINT; then every page is given back.
+def serve(runtime_dir: Path, state_dir: Path, room: MinFree, command: Sequence[str] | None, estate: Estate) -> None:
+    """Run the daemon until SIGTERM or SIGINT, with the sessions and sockets of a former one.
 
-    Raises DirectoryUnusable or DaemonRunning when it cannot start, Internal when there is no libzstd.
+    Raises DirectoryUnusable or DaemonRunning when it cannot start.
     """
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="snapd: %(levelname)s: %(message)s")
     make_state_dir(state_dir)
     keep.sweep(state_dir)
-    _raise_limits()
-    _lock_memory()
-    try:
-        source = engine.start(packers=max(2, os.cpu_count() or 1))
-    except ImportError as error:
-        raise Internal(str(error)) from error
-    with RuntimeLock(runtime_dir) as lock:
-        control = server.listen(lock)
-        agent = lock.bind(AGENT_SOCKET, socket.SOCK_SEQPACKET)
+    with RuntimeLock(runtime_dir, estate.others.get(LOCK, -1)) as lock, contextlib.ExitStack() as kept:
+        control = lock.inherit(CONTROL_SOCKET, estate.others.get(CONTROL, -1)) or server.listen(lock)
+        agent = lock.inherit(AGENT_SOCKET, estate.others.get(AGENT, -1))
+        agent = agent or lock.bind(AGENT_SOCKET, socket.SOCK_SEQPACKET)
+        # Again for a socket that was inherited: its peers are told who listens.
         agent.listen(128)
-        log.info("serving %s (%s)", runtime_dir, source)
+        for number, fd in ((LOCK, lock.fileno()), (CONTROL, control.fileno()), (AGENT, agent.fileno())):
+            keeper.hand_over(Letter.OTHER, number, fd)
+            kept.callback(keeper.withhold, Letter.OTHER, number)
+        if command is not None and keeper.pid() is None:
+            start_keeper(command, os.environ)
+        keeper.serving()
+        log.info("serving %s", runtime_dir)
         try:
-            trio.run(_main, control, agent, state_dir, room)
+            trio.run(_main, control, agent, partial(Manager, state_dir, room=room), command, estate)
         except Exception:
             log.exception("the daemon ends by a mistake of its own")
             raise
+        keeper.ending(Ending.STOP)
 
 
-def _raise_limits() -> None:
-    """Every session has descriptors, and a fork event that finds none free waits."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    more = max(hard, OPEN_FILES) if os.geteuid() == 0 else hard
-    for limit in dict.fromkeys((more, hard)):  # root may lack CAP_SYS_RESOURCE, which raising the hard one takes
-        with suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
-            log.info("the limit of open files is %d", limit)
-            return
-    log.warning("the limit of open files stays at %d", soft)
-
-
-def _lock_memory() -> None:
-    """A pager that is itself paged out, or killed for memory, holds up everybody who waits for it."""
-    if os.geteuid() != 0:
-        return
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT):
-        log.warning("memory is not locked: %s", os.strerror(ctypes.get_errno()))
-    try:
-        Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE_ADJ))
-    except OSError as error:
-        log.info("the OOM score stays: %s", error.strerror)
-
-
-async def _main(control: socket.socket, agent: socket.socket, state_dir: Path, room: MinFree) -> None:
+async def _main(
+    control: socket.socket,
+    agent: socket.socket,
+    make_manager: Callable[[trio.Nursery], Manager],
+    command: Sequence[str] | None,
+    estate: Estate,
+) -> None:
     async with trio.open_nursery() as nursery:
-        manager = Manager(state_dir, nursery, room)
+        manager = make_manager(nursery)
+        manager.adopt(estate.sessions)
         nursery.start_soon(manager.listen_to_engine)
         nursery.start_soon(manager.watch_users)
         nursery.start_soon(agents.serve_agents, agent, manager)
         nursery.start_soon(manager.keep_house)
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        if command is not None:
+            nursery.start_soon(_watch_keeper, command)
+        nursery.start_soon(_hurry_until_agents_are_here, manager)
+        with trio.open_signal_receiver(*ENDING_SIGNALS) as signals:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING_SIGNALS)
             async with trio.open_nursery() as serving:
                 answering = trio.CancelScope()
                 serving.start_soon(_answer, control, manager, answering)
@@ -108,3 +101,25 @@ async def _main(control: socket.socket, agent: socket.socket, state_dir: Path, r
 async def _answer(control: socket.socket, manager: Manager, scope: trio.CancelScope) -> None:
     with scope:
         await server.serve_control(control, manager)
+
+
+async def _hurry_until_agents_are_here(manager: Manager) -> None:
+    """Threads that touched what a stop, cut by the former daemon's death, had aside wait for their agent too."""
+    with trio.move_on_after(LONGEST_HURRY_S):
+        await manager.wait_for_agents()
+    end_hurry()
+
+
+async def _watch_keeper(command: Sequence[str]) -> None:
+    """Make another keeper when this one dies; less and less often when they go on dying."""
+    for attempt in range(1 << 30):
+        await trio.sleep(KEEPER_DELAYS_S[min(attempt, len(KEEPER_DELAYS_S) - 1)])
+        if attempt:
+            log.warning("the keeper has died; another one is made")
+            start_keeper(command, os.environ)
+        with contextlib.suppress(OSError):
+            pidfd = os.pidfd_open(keeper.pid() or 0)
+            try:
+                await trio.lowlevel.wait_readable(pidfd)
+            finally:
+                os.close(pidfd)

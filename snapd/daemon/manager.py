@@ -20,13 +20,15 @@ from typing import TYPE_CHECKING, Final, TypeVar
 import trio
 
 from snapd import __version__, engine
-from snapd.daemon import agents, procfs
+from snapd.daemon import agents, procfs, takeover
 from snapd.daemon.dump import Dump
 from snapd.daemon.keep import wish_for
 from snapd.daemon.refusals import Refusals
 from snapd.daemon.repeats import Repeats, suffix
 from snapd.daemon.session import Session, State, pagemap
-from snapd.engine import NoticeKind
+from snapd.daemon.takeover import FLAG_AGENT, FLAG_FORK_EVENTS
+from snapd.engine import NoticeKind, keeper
+from snapd.engine.keeper import DamagedPageMapError
 from snapd.errors import (
     AgentSilent,
     NoSuchProcess,
@@ -39,7 +41,7 @@ from snapd.errors import (
     TargetGone,
     TargetStopped,
 )
-from snapd.protocol.agent import HELLO_FORKED, Kind, Message
+from snapd.protocol.agent import HELLO_FORKED, HELLO_SESSION, Kind, Message
 from snapd.protocol.reports import DaemonInfo, DumpProgress, DumpReport, RestoreReport, StatusReport, Totals
 
 if TYPE_CHECKING:
@@ -49,6 +51,8 @@ if TYPE_CHECKING:
     from snapd.daemon.agents import AgentSocket
     from snapd.daemon.room import MinFree
     from snapd.daemon.server import Peer, Progress
+    from snapd.daemon.takeover import Adopted
+    from snapd.engine.keeper import PageMapInfo
     from snapd.protocol.options import DumpOptions
 
 log = logging.getLogger(__name__)
@@ -75,6 +79,7 @@ TIDY_S: Final = 1.0
 USERS_S: Final = 1.0
 MAX_SESSIONS: Final = 2048
 """Of each user but root, forked children not counted, which have to be served."""
+COME_AGAIN_S: Final = 5.0
 PROGRESS_INTERVAL_S: Final = 0.05
 CHILD_PID_DELAYS_S: Final = (0.0, 0.05, 0.2, 0.5, 1.0, 2.0, 4.0)
 
@@ -121,6 +126,14 @@ class Manager:
             raise self._refusals.reason(pid) or NotCooperating(pid)
         return session
 
+    async def _reached(self, peer: Peer, pid: int) -> Session:
+        """Return an authorised session whose agent is here; after a takeover that takes a moment."""
+        session = self._find(pid)
+        if session and session.expects_agent and not session.has_agent:
+            with trio.move_on_after(COME_AGAIN_S):
+                await session.agent_is_here.wait()
+        return self._authorised(peer, pid)
+
     async def _in_thread(self, session: Session, work: Callable[[], T]) -> T:
         return await trio.to_thread.run_sync(work, limiter=session.threads)
 
@@ -139,7 +152,7 @@ class Manager:
 
     async def dump(self, peer: Peer, pid: int, *, options: DumpOptions, progress: Progress) -> DumpReport:
         """Do one dump; SessionBusy while another of this session runs."""
-        session = self._authorised(peer, pid)
+        session = await self._reached(peer, pid)
         session.refuse_second_dump()
         if session.user_changed():
             await self._let_go(session)
@@ -148,6 +161,8 @@ class Manager:
         async with self._operation(session, State.DUMPING):
             if self._ending.is_set():
                 raise SessionBusy(pid)  # it has been given back, for the end of the daemon
+            if not await self._in_thread(session, session.wait_whole):
+                raise SessionBusy(pid)
             work = Dump(session, self._state_dir, options, self._from_thread(progress), room=self._room, wish=wish)
             try:
                 report = await self._in_thread(session, work.run)
@@ -165,7 +180,7 @@ class Manager:
 
     async def restore(self, peer: Peer, pid: int, *, progress: Progress) -> RestoreReport:
         """Bring every page back."""
-        session = self._authorised(peer, pid)
+        session = await self._reached(peer, pid)
         async with self._operation(session, State.RESTORING):
             try:
                 return await self._in_thread(session, partial(session.restore, self._from_thread(progress)))
@@ -210,7 +225,7 @@ class Manager:
 
     async def detach(self, peer: Peer, pid: int) -> None:
         """Bring every page back and end the session; its agent does not come again."""
-        await self._detach(self._authorised(peer, pid))
+        await self._detach(await self._reached(peer, pid))
 
     async def _detach(self, session: Session) -> None:
         async with session.doing(State.DETACHING):
@@ -287,7 +302,7 @@ class Manager:
             async with one.looking:
                 if one.state is not State.GONE:
                     infos.append(await self._in_thread(one, one.info))
-        return StatusReport(DaemonInfo(os.getpid(), None, __version__), tuple(infos), self._totals(peer))
+        return StatusReport(DaemonInfo(os.getpid(), keeper.pid(), __version__), tuple(infos), self._totals(peer))
 
     def _totals(self, peer: Peer) -> Totals:
         """Sum up the sessions that the peer may see; without a wait, so that none is counted twice or not at all."""
@@ -298,8 +313,8 @@ class Manager:
     async def _hello(self, sock: AgentSocket, hello: Message, peer: Peer) -> None:
         if self._ending.is_set():
             return  # the next daemon will have it
-        if hello.flags & HELLO_FORKED and (child := await self._child_of(peer.pid)):
-            await agents.bind_child(child, sock, hello, peer)
+        if hello.flags & HELLO_FORKED and not hello.flags & HELLO_SESSION and (child := await self._child_of(peer.pid)):
+            await agents.bind(child, sock, hello, peer)
             log.info(
                 "pid %d (%s): attached, forked from %d",
                 child.pid,
@@ -308,6 +323,9 @@ class Manager:
             )
             return
         old = self._find(peer.pid)
+        if hello.flags & HELLO_SESSION:
+            await self._come_again(old, sock, hello, peer)
+            return
         if old is not None:
             # The program has been replaced by exec, and its new agent was quicker than the end of the old connection.
             with trio.move_on_after(agents.HANDSHAKE_S):
@@ -321,6 +339,72 @@ class Manager:
         self._refusals.forget(peer.pid)
         log.info("pid %d (%s): attached", session.pid, session.comm())
         self._add(session)
+
+    def adopt(self, sessions: list[Adopted]) -> None:
+        """Have the sessions of a former daemon; their agents are not here yet."""
+        known: dict[int, Session] = {}
+        for one in sessions:
+            info = one.info
+            pid, pidfd = info.pid, -1
+            with contextlib.suppress(OSError):
+                pidfd = os.pidfd_open(pid) if pid else -1
+            session = Session(
+                one.native,
+                one.store,
+                pid=pid,
+                uid=info.uid,
+                pidfd=pidfd,
+                sentinel=info.sentinel,
+                fork_events=bool(info.flags & FLAG_FORK_EVENTS),
+                parent=known.get(info.parent),
+            )
+            session.former = (info.store_id, info.number)
+            session.expects_agent = bool(info.flags & FLAG_AGENT)
+            known[info.number] = session
+            self._add(session)
+            if not pid:
+                self._nursery.start_soon(self._name_child, session)
+
+    async def wait_for_agents(self) -> None:
+        """Return when the agents of all sessions of a former daemon have come again."""
+        for session in list(self._sessions.values()):
+            if session.expects_agent:
+                await session.agent_is_here.wait()
+
+    async def _come_again(self, session: Session | None, sock: AgentSocket, hello: Message, peer: Peer) -> None:
+        """The agent of a session of a former daemon has found us."""
+        if session is None:
+            session = await self._adopt_held(sock, peer)
+        if session.has_agent:
+            raise ProtocolError(f"pid {peer.pid} has an agent already")
+        async with session.doing(State.RECOVERING):
+            await agents.bind(session, sock, hello, peer)
+            await self._in_thread(session, session.recover)
+        log.info("pid %d (%s): taken over", session.pid, session.comm())
+
+    async def _adopt_held(self, sock: AgentSocket, peer: Peer) -> Session:
+        """Nobody but the agent has kept the session: daemon and keeper died together."""
+        if not procfs.exists(peer.pid):
+            raise TargetGone(peer.pid)
+        try:
+            agents.check_held(sock.files)
+            one = takeover.adopt_held(sock.files, [other.native for other in self._sessions.values()])
+        except DamagedPageMapError as error:
+            raise ProtocolError(f"what pid {peer.pid} holds can't be believed: {error}") from error
+        if one.info.source and (source := await self._former_session(one.info)):
+            keeper.depend(one.native, source.native)
+        keeper.resume(one.native)
+        self.adopt([one])
+        return self._sessions[one.native.key]
+
+    async def _former_session(self, child: PageMapInfo) -> Session | None:
+        """Return the session, of the same store, whose staging has pages of this child; its agent may come later."""
+        for delay_s in CHILD_WAIT_S:
+            for session in self._sessions.values():
+                if session.former == (child.store_id, child.source):
+                    return session
+            await trio.sleep(delay_s)
+        return None
 
     async def _child_of(self, pid: int) -> Session | None:
         """Return the session that a fork made for this process, which has no agent yet; waits until it is found."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import enum
 import errno
+import itertools
+import logging
 import os
 import select
 import time
@@ -20,6 +22,7 @@ import trio
 
 from snapd import engine
 from snapd.daemon import procfs
+from snapd.engine import Outcome
 from snapd.errors import (
     AgentSilent,
     NotEnoughMemory,
@@ -38,6 +41,16 @@ if TYPE_CHECKING:
 
     from snapd.daemon.procfs import Mapping
 
+log = logging.getLogger(__name__)
+
+RECOVERY_LEVEL: Final = 1
+RECOVERY_DELAY_S: Final = 0.005
+LONGEST_RECOVERY_DELAY_S: Final = 0.2
+WORTH_SAYING: Final = 50
+WHOLE_S: Final = 5.0
+DROP_SLICE_BYTES: Final = 4 << 20
+DROP_BREATH_US: Final = 1500
+
 MADV_DOFORK: Final = 11
 MADV_DONTFORK: Final = 10
 
@@ -52,14 +65,16 @@ class State(enum.Enum):
     DUMPING = "dumping"
     RESTORING = "restoring"
     DETACHING = "detaching"
+    RECOVERING = "recovering"
     GONE = "gone"
 
 
 TRANSITIONS: Final = {
-    State.ATTACHED: {State.DUMPING, State.RESTORING, State.DETACHING, State.GONE},
+    State.ATTACHED: {State.DUMPING, State.RESTORING, State.DETACHING, State.RECOVERING, State.GONE},
     State.DUMPING: {State.ATTACHED, State.GONE},
     State.RESTORING: {State.ATTACHED, State.GONE},
     State.DETACHING: {State.ATTACHED, State.GONE},
+    State.RECOVERING: {State.ATTACHED, State.GONE},
     State.GONE: set(),
 }
 
@@ -100,6 +115,9 @@ class Session:
         # An operation that waits for its target takes no thread from others; one more is for who looks.
         self.threads = trio.CapacityLimiter(2)
         self.has_agent = False
+        self.expects_agent = False  # after a takeover
+        self.former = (b"", 0)  # its store and its number in a former daemon's registry
+        self.agent_is_here = trio.Event()
         # Replies during a dump are the engine's: only the end of the connection is of interest here.
         self._hangup = select.epoll()
         if agent_sock >= 0:
@@ -109,6 +127,7 @@ class Session:
         """Notice when the agent's connection ends."""
         self._hangup.register(agent_sock, select.EPOLLRDHUP)
         self.has_agent = True
+        self.agent_is_here.set()
 
     def become(self, state: State) -> None:
         """Change the state; RuntimeError for a change that the table does not have."""
@@ -258,6 +277,44 @@ class Session:
     def tell_fork_wait(self, *, on: bool) -> None:
         """Tell the agent whether its fork handler must ask us first."""
         self.native.call(agent.Message(agent.Kind.FLAGS, value=agent.FLAG_FORK_WAIT if on else 0).pack())
+
+    def recover(self) -> None:
+        """Finish what a former daemon had on its way; for a worker thread, when the agent is here again.
+
+        Raises TargetGone.
+        """
+        for attempt in itertools.count():
+            outcome = self.native.recover()
+            if outcome is Outcome.MOVED:
+                break
+            if outcome is Outcome.GONE or self.gone.is_set() or not self.native.alive():
+                raise TargetGone(self.pid)
+            if attempt == WORTH_SAYING:
+                log.warning("pid %d: a stop that was cut cannot be finished yet (%s)", self.pid, outcome.name)
+            time.sleep(min(RECOVERY_DELAY_S * (attempt + 1), LONGEST_RECOVERY_DELAY_S))
+        for piece in engine.former_pieces(self.native):
+            self.land(piece)
+
+    def wait_whole(self) -> bool:
+        """Wait until a child has its pages from its parent's cut stop; False when that takes long."""
+        end = time.monotonic() + WHOLE_S
+        while self.native.is_cut() and time.monotonic() < end:
+            time.sleep(RECOVERY_DELAY_S)
+        return not self.native.is_cut()
+
+    def land(self, piece: engine.Piece) -> None:
+        """See a former daemon's piece through; what can't be stored returns, or is served from where it is."""
+        try:
+            piece.pack(RECOVERY_LEVEL)
+            if piece.wait().cause:
+                piece.give_back()
+            piece.drop(DROP_SLICE_BYTES, DROP_BREATH_US)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.ESRCH) and self.native.alive():
+                log.warning("pid %d: a piece stays aside: %s", self.pid, error.strerror)
+                self.stuck.append(piece)
+                return
+        piece.close()
 
     def drop_stuck(self) -> None:
         """Drop the stagings that an earlier drop has left; those that may be dropped later are kept."""

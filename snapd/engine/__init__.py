@@ -24,6 +24,7 @@ WIRE_BYTES: Final = 1024
 SILENT: Final = frozenset({errno.EINPROGRESS, errno.EHOSTDOWN})
 """What an OSError of a command to an agent that does not answer carries."""
 MAX_SPANS: Final = 20
+SLOTS: Final = 4
 
 
 FILTERED: Final = errno.EBADRQC
@@ -297,12 +298,22 @@ class StoreStats:
 class Store:
     """An open store that sessions share; owns its descriptor."""
 
-    def __init__(self, fd: int, store_id: bytes, tail: int, limit: int = 0) -> None:
-        """Take over `fd`, whose frames end at `tail`; `limit` is how many segments it may have, 0 for the most."""
+    def __init__(self, fd: int, store_id: bytes, tail: int, limit: int = 0, number: int = 0) -> None:
+        """Take over `fd`, whose frames end at `tail`.
+
+        `limit` is how many segments it may have, 0 for the most; `number` is a former daemon's, 0 for a new store.
+        """
         self.fd = fd
-        self.handle = lib.sn_store_open(fd, store_id, tail, limit)
+        self.handle = lib.sn_store_open(fd, store_id, tail, limit, number)
         if not self.handle:
             raise MemoryError
+
+    @classmethod
+    def of(cls, session: Session) -> Self:
+        """Return a session's store; it stays the session's."""
+        store = cls.__new__(cls)
+        store.fd, store.handle = session.descriptors()[0], lib.sn_session_store(session.handle)
+        return store
 
     def stats(self) -> StoreStats:
         """Return its figures."""
@@ -371,6 +382,15 @@ class Session:
         handle, self.handle = self.handle, None
         if handle:
             lib.sn_session_close(handle)
+
+    @property
+    def number(self) -> int:
+        """The session's number in its page map, which a successor knows it by."""
+        return int(lib.sn_session_number(self.handle))
+
+    def note(self, *, uid: int, born: int, flags: int) -> None:
+        """Write down what a successor must know of the process; `born` is its start time as /proc has it."""
+        lib.sn_session_note(self.handle, uid, born, flags)
 
     def set_pid(self, pid: int) -> None:
         """Name the process, once it is known; OSError when it is gone, or does not have the address space."""
@@ -472,6 +492,14 @@ class Session:
     def release(self, start: int, end: int) -> None:
         """Stop watching whole mappings; OSError EBUSY while a page of them is out."""
         check(lib.sn_release(self.handle, start, end))
+
+    def recover(self) -> Outcome:
+        """Finish what a former daemon's mover was told and a stop that was cut; BUSY: try again."""
+        return Outcome(lib.sn_session_recover(self.handle))
+
+    def is_cut(self) -> bool:
+        """Whether pages wait for `recover`."""
+        return bool(lib.sn_session_is_cut(self.handle))
 
     def trim(self) -> None:
         """Give memory of unused page-map entries back."""
@@ -667,6 +695,21 @@ class Copy:
     ) -> None:
         """Forget it."""
         lib.sn_copy_free(self._handle)
+
+
+class FormerPiece(Piece):
+    """What a former daemon had moved and not yet dropped: pack, wait, drop."""
+
+    def __init__(self, handle: Any) -> None:
+        """Wrap what `former_pieces` found."""
+        self._spans, self.handle = 0, handle
+
+
+def former_pieces(session: Session) -> Iterator[FormerPiece]:
+    """Yield the pieces that a former daemon had on their way."""
+    for slot in range(SLOTS):
+        if handle := lib.sn_piece_adopt(session.handle, slot):
+            yield FormerPiece(handle)
 
 
 def bench_codec(pages: bytes, level: int, threads: int) -> tuple[float, float, int]:

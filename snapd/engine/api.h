@@ -75,8 +75,9 @@ int sn_init(const struct sn_codec *codec, int npackers);
 int sn_notice_fd(void);
 int sn_next_notice(struct sn_notice *ret); /* 1 when there was one */
 
-/* limit: segments of 1 MiB that a store may have; 0 for the most there are. */
-struct sn_store *sn_store_open(int fd, const unsigned char *id, uint64_t tail, uint64_t limit);
+/* limit: segments of 1 MiB that a store may have; 0 for the most there are. number: a former daemon's, 0 for a
+ * new one. */
+struct sn_store *sn_store_open(int fd, const unsigned char *id, uint64_t tail, uint64_t limit, uint32_t number);
 void sn_store_release(struct sn_store *store);
 void sn_store_stats(struct sn_store *store, struct sn_store_stats *ret);
 void sn_store_set_floor(struct sn_store *store, uint64_t free_bytes); /* packing keeps that much free */
@@ -90,6 +91,9 @@ int sn_page_map_create(void); /* a sealed memfd, or a negative errno */
 struct sn_session *sn_session_create(const struct sn_target *target, struct sn_store *store, int *ret_error);
 void sn_session_close(struct sn_session *session);
 uint64_t sn_session_id(struct sn_session *session); /* never given out twice */
+uint32_t sn_session_number(struct sn_session *session); /* in the registry and in its page map */
+/* What a successor must know of the process. */
+void sn_session_note(struct sn_session *session, int uid, uint64_t born, uint32_t flags);
 int sn_session_pid(struct sn_session *session);
 /* Names a forked child's process, once it is known. -ESTALE: the address space is another's. */
 int sn_session_set_pid(struct sn_session *session, int pid);
@@ -181,6 +185,43 @@ int sn_session_answers(struct sn_session *session);
 int sn_session_dismiss(struct sn_session *session);
 void sn_session_hurry(struct sn_session *session); /* from now on nobody is waited for as long as usual */
 void sn_page_map_trim(struct sn_session *session);
+
+/* The keeper and what it keeps; letters and endings are keeper.h's. fd -1 makes a registry; returns its descriptor. */
+int sn_keeper_open(int fd);
+int sn_hand_over(int letter, uint32_t number, int fd);
+int sn_withhold(int letter, uint32_t number); /* the descriptor that it was, or -1 */
+/* Makes a keeper that will execute path; the former one has no duty any more then. Returns its pid. Again: when it is
+ * gone. */
+int sn_keeper_start(const char *path, const char *const *argv, const char *const *envp);
+int sn_keeper_pid(void);
+void sn_keeper_ending(int ending);
+uint64_t sn_keeper_serving(void); /* from here on targets are served; returns for how long they were not, or 0 */
+int sn_same_file(int fd, int other); /* 1 when both descriptors are of one open file */
+
+/* What the page map of a former daemon says of its session. */
+struct sn_page_map_info {
+	int pid, uid;
+	uint32_t number, store_number, parent, source, flags;
+	/* spans on their way by phase (enum phase); events that were read and not applied */
+	uint32_t phases[6], events;
+	uint64_t born, sentinel;
+	unsigned char store_id[16];
+};
+int sn_page_map_look(int fd, struct sn_page_map_info *ret); /* -EPROTO: it is none of this version */
+/* Makes a session of a former daemon's page map after checking all of it against a store of so many bytes: -EBADMSG,
+ * and then ret_what says what is wrong. Nothing is served before sn_session_resume. */
+struct sn_session *sn_session_adopt(const struct sn_target *target, struct sn_store *store, uint64_t store_bytes,
+				    int *ret_error, const char **ret_what);
+int sn_page_map_renumber(int fd); /* its number was given out by another registry than ours */
+/* The staging of source has pages that this forked child does not have yet. */
+void sn_session_depend(struct sn_session *session, struct sn_session *source);
+int sn_session_resume(struct sn_session *session);
+/* With an agent again: finishes what the former daemon's mover and a cut stop have left. Returns an sn_outcome;
+ * SN_BUSY: try again. */
+int sn_session_recover(struct sn_session *session);
+int sn_session_is_cut(struct sn_session *session); /* 1: pages wait for that */
+/* A piece that was moved and not packed or dropped, slot 0 to 3; NULL: there is none. */
+struct sn_piece *sn_piece_adopt(struct sn_session *session, int slot);
 
 /* Doors for tests, see model.c: pages with entries counted up in the frame offset (all ones: without entries), an
  * event as if it had been read (the kernel's numbers; 1 when it or an earlier one waits for ret_need to be vacated),

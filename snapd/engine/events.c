@@ -65,7 +65,7 @@ static void apply_remove(struct events *events, uint64_t start, uint64_t end)
 
 			/* A guard outlives MADV_DONTNEED; what is being moved is decided by the aside. */
 			if (ENTRY_STATE(session->pm.entries[index]) != ST_GUARD &&
-			    !(session->pm.entries[index] & ENTRY_MOVING))
+			    (session->cut || !(session->pm.entries[index] & ENTRY_MOVING)))
 				entry_put(session, index, ST_NONE);
 		}
 	}
@@ -168,6 +168,9 @@ static void apply(struct events *events, const struct snapd_uffd_msg *message)
 				      message->arg.remap.to);
 			break;
 		}
+		if (session->cut && recover_moved(session, editable(events), message->arg.remap.from,
+						  message->arg.remap.to, message->arg.remap.len))
+			break;
 		COUNT(session, remaps);
 		apply_remap(events, message);
 		break;

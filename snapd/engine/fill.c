@@ -15,6 +15,7 @@
 #define LATER_NS 30000ULL
 #define MEMORY_NS 10000000ULL
 #define TROUBLE_NS 50000000ULL
+#define CUT_NS 1000000ULL /* the agent has to come again first */
 
 static const unsigned char zero_page[PAGE] __attribute__((aligned(4096)));
 
@@ -61,9 +62,10 @@ static struct place look_up(struct sn_session *session, uint64_t address)
 		place.aside = record->aside ? record->aside + k * PAGE : 0;
 	}
 	/* In a stop: the entry is decided at its end, and until the asides were looked at a page that came into one of
-	 * them would pass for what the program had there. In a forked child: its copy is on the way. */
-	place.not_now = session->unseen || (place.known && (place.entry & ENTRY_MOVING || (session->source &&
-		ENTRY_STATE(place.entry) == ST_ASIDE)));
+	 * them would pass for what the program had there. In a forked child: its copy is on the way. After a takeover:
+	 * the target's memory is not open yet. */
+	place.not_now = session->unseen || (place.known && (place.entry & ENTRY_MOVING ||
+		(ENTRY_STATE(place.entry) == ST_ASIDE && (session->source || atomic_load(&session->mem_fd) < 0))));
 	return place;
 }
 
@@ -273,9 +275,11 @@ enum fill_result fill_page(struct sn_session *session, struct filler *filler, st
 	return FILL_LATER;
 }
 
-uint64_t fill_delay_ns(enum fill_result result)
+uint64_t fill_delay_ns(const struct sn_session *session, enum fill_result result)
 {
-	return result == FILL_NO_MEMORY ? MEMORY_NS : result == FILL_TROUBLE ? TROUBLE_NS : LATER_NS;
+	if (result == FILL_NO_MEMORY || result == FILL_TROUBLE)
+		return result == FILL_NO_MEMORY ? MEMORY_NS : TROUBLE_NS;
+	return session->cut ? CUT_NS : LATER_NS;
 }
 
 void fill_count(struct sn_session *session, uint64_t since_ns)
@@ -364,7 +368,7 @@ void *filler_main(void *arg)
 			session_gone(session);
 		} else {
 			COUNT(session, retries);
-			fault.due_ns = now_ns() + fill_delay_ns(result);
+			fault.due_ns = now_ns() + fill_delay_ns(session, result);
 			if (fill_queue(session, fault))
 				uffd_wake(session->uffd, fault.address, PAGE);
 		}

@@ -70,20 +70,26 @@ struct table {
 #define MAX_INFLIGHT 4
 #define MAX_SPANS 20
 
-enum phase { PHASE_IDLE, PHASE_MOVE, PHASE_PIN, PHASE_STORE, PHASE_DROP };
+enum phase { PHASE_IDLE, PHASE_MOVE, PHASE_PIN, PHASE_STORE, PHASE_DROP, PHASE_CUT /* a successor has claimed it */ };
 struct intent { /* a span of a piece on its way, for a successor */
 	uint64_t phase, start, npages, aside, staging;
 };
+
+#define FLAG_FORK_EVENTS 1 /* of a page map; the others are the daemon's own, and not a forked child's */
 
 struct page_map_header {
 	char magic[8];
 	uint32_t version, page_size;
 	uint8_t store_id[16];
 	uint32_t key_id, dictionary_id;
-	int32_t pid, uffd, store, reserved;
-	uint64_t sentinel, nentries;
+	int32_t pid, uid;
+	uint32_t number, store_number; /* of the session and of its store, in the registry */
+	uint32_t parent, source;       /* numbers: who forked it; in whose staging pages of it are, or 0 */
+	uint32_t flags, reserved;
+	uint64_t born, sentinel, nentries; /* born: when the process started, so that its pid is no other's */
 	_Atomic uint64_t generation; /* says which table and which ring are current: both change by one store */
 	struct intent intents[MAX_INFLIGHT * MAX_SPANS];
+	struct snapd_run stagings[MAX_INFLIGHT];
 };
 
 #define PM_RING_OFFSET 4096UL
@@ -104,6 +110,7 @@ struct page_map {
 /* pagemap.c */
 int pm_open(struct page_map *pm, int fd);
 void pm_close(struct page_map *pm);
+bool pm_is_ours(const struct page_map_header *header);
 struct table *pm_table(struct page_map *pm);
 struct snapd_uffd_msg *pm_ring(struct page_map *pm);
 struct snapd_uffd_msg *pm_other_ring(struct page_map *pm);
@@ -123,6 +130,12 @@ void pm_add_debt(struct table *table, uint64_t start, uint64_t end);
 bool pm_settle(struct table *table, uint64_t start, uint64_t end); /* pays a debt of exactly this, if there is one */
 int pm_alloc(struct page_map *pm, uint64_t npages, uint64_t *ret_first);
 
+/* registry.c: what the next daemon needs */
+uint32_t keeper_number(void);
+void keeper_ring_is_read(uint32_t number);
+int keeper_fork(uint32_t ufd);
+void keeper_fork_is_applied(int fd);
+
 /* ---- store ---- */
 
 #define SEGMENT_SHIFT 20
@@ -132,6 +145,7 @@ int pm_alloc(struct page_map *pm, uint64_t npages, uint64_t *ret_first);
 
 struct sn_store {
 	int fd;
+	uint32_t number;
 	unsigned char id[16];
 	uint32_t id_crc;
 	atomic_int references;
@@ -236,6 +250,9 @@ void notify(const struct sn_notice *notice); /* one that is counted when it repe
 struct sn_session {
 	uint64_t id;
 	struct notice birth, end;
+	uint32_t number;   /* in the registry */
+	atomic_bool cut;   /* a former daemon died in a stop: its pages wait for sn_session_recover */
+	bool adopted;	   /* of a former daemon: its ring may have events that were not applied */
 	atomic_int pid;
 	int uffd, agent_sock, wake_fd;
 	atomic_int maps_fd, pagemap_fd, mem_fd, process_fd; /* of the userfaultfd's own, or -1: memory.c */
@@ -284,10 +301,24 @@ struct sn_session *session_new(const struct sn_target *target, struct sn_store *
 			       int *ret_error);
 struct stop *session_stop(struct sn_session *session);
 int session_start(struct sn_session *session);
+int session_hand_over(struct sn_session *session); /* for the next daemon */
+void session_forget(struct sn_session *session);
 int session_fork(struct sn_session *session, const struct table *from, int uffd);
 void session_gone(struct sn_session *session);
 /* Replaces an entry and gives its old frame back; for whoever holds session->lock exclusively. */
 void entry_put(struct sn_session *session, uint64_t index, uint64_t entry);
+
+/* adopt.c */
+void adopt_forks(struct sn_session *session);
+
+/* recover.c */
+void recover_begin(struct sn_session *session);
+bool recover_moved(struct sn_session *session, struct table *table, uint64_t from, uint64_t to, uint64_t bytes);
+int recover_find(struct sn_session *source, uint64_t index, uint64_t aside, uint64_t *ret);
+struct snapd_run recover_ours(struct sn_session *session, struct snapd_run whole);
+
+/* move.c: there must be a way back, for whoever holds session->mover */
+int move_back(struct sn_session *session, uint64_t from, uint64_t to, uint64_t bytes);
 
 /* events.c */
 struct events { /* one drain: from before the first read until all that was read is applied */
@@ -351,7 +382,7 @@ enum fill_result { FILL_DONE, FILL_LATER, FILL_NO_MEMORY, FILL_TROUBLE, FILL_WOU
 int filler_init(struct filler *filler);
 void filler_deinit(struct filler *filler);
 enum fill_result fill_page(struct sn_session *session, struct filler *filler, struct fault *fault, bool nowait);
-uint64_t fill_delay_ns(enum fill_result result); /* until it is worth another try */
+uint64_t fill_delay_ns(const struct sn_session *session, enum fill_result result); /* until it is worth another try */
 void fill_count(struct sn_session *session, uint64_t since_ns);
 int fill_queue(struct sn_session *session, struct fault fault);
 void *filler_main(void *session);
@@ -450,6 +481,7 @@ struct sn_piece { /* what goes aside in one stop */
 	struct sn_session *session;
 	struct span spans[MAX_SPANS];
 	int nspans, slot;
+	bool adopted; /* of a former daemon, which may have dropped some of it */
 	uint64_t npages, staging, staging_bytes, staging_hint;
 	struct segment *segments;
 	long nsegments;

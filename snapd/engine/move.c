@@ -25,6 +25,7 @@ static int stage(struct sn_piece *piece)
 	if (error)
 		return error;
 	piece->staging = message.value;
+	session->pm.header->stagings[piece->slot] = (struct snapd_run){piece->staging, piece->staging_bytes};
 	for (int i = 0; i < piece->nspans; i++)
 		piece->spans[i].staging += piece->staging;
 	return uffd_register(session->uffd, piece->staging, piece->staging_bytes, SNAPD_UFFDIO_REGISTER_MODE_MISSING);
@@ -196,7 +197,7 @@ static void unclaim(struct sn_piece *piece, struct span *span, int outcome)
 }
 
 /* There must be a way back: memory for a mapping may be short for a moment. */
-static int move_back(struct sn_session *session, uint64_t from, uint64_t to, uint64_t bytes)
+int move_back(struct sn_session *session, uint64_t from, uint64_t to, uint64_t bytes)
 {
 	int error = 0;
 

@@ -35,6 +35,11 @@ int sn_page_map_create(void)
 	return fd;
 }
 
+bool pm_is_ours(const struct page_map_header *header)
+{
+	return memcmp(header->magic, MAGIC, sizeof(MAGIC)) == 0 && header->version == 1 && header->page_size == PAGE;
+}
+
 int pm_open(struct page_map *pm, int fd)
 {
 	void *base = mmap(NULL, PM_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, 0);

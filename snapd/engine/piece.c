@@ -83,6 +83,7 @@ void sn_piece_free(struct sn_piece *piece)
 	if (piece->slot >= 0) {
 		session->inflight[piece->slot] = NULL;
 		memset(&session->pm.header->intents[piece->slot * MAX_SPANS], 0, MAX_SPANS * sizeof(struct intent));
+		session->pm.header->stagings[piece->slot] = (struct snapd_run){0, 0};
 	}
 	for (int i = 0; i < MAX_INFLIGHT; i++)
 		last &= !session->inflight[i];
@@ -169,9 +170,32 @@ static int leave_staging(struct sn_piece *piece)
 	return error;
 }
 
-int sn_piece_drop(struct sn_piece *piece, uint64_t slice, unsigned int breath_us)
+/* Of an adopted piece only what is still there. */
+static int unmap_slice(struct sn_piece *piece, struct snapd_run slice)
 {
 	struct sn_session *session = piece->session;
+	int error = 0;
+
+	pthread_mutex_lock(&session->mover);
+	/* Until the mover has run after its event every COPY into the target says EAGAIN: make room for it. */
+	mover_pause(session);
+	if (piece->adopted) /* what it was told before is done, or it would be asked about what is not there any more */
+		error = mover_ready(session);
+	while (slice.length && !error) {
+		struct snapd_run run = piece->adopted ? recover_ours(session, slice) : slice;
+		uint64_t behind = run.start + run.length;
+
+		if (run.length)
+			error = mover_unmap(session, run);
+		slice = (struct snapd_run){behind, slice.length - (behind - slice.start)};
+	}
+	mover_continue(session);
+	pthread_mutex_unlock(&session->mover);
+	return error;
+}
+
+int sn_piece_drop(struct sn_piece *piece, uint64_t slice, unsigned int breath_us)
+{
 	struct snapd_run runs[1 + MAX_SPANS] = {{piece->staging, piece->staging_bytes}};
 	uint64_t done = 0; /* of the runs before */
 	unsigned int nruns = 1;
@@ -190,18 +214,12 @@ int sn_piece_drop(struct sn_piece *piece, uint64_t slice, unsigned int breath_us
 	}
 	for (unsigned int i = 0; i < nruns && !error; done += runs[i++].length)
 		while (piece->dropped < done + runs[i].length && !error) {
-			uint64_t at = piece->dropped - done;
-			struct snapd_run run = {runs[i].start + at, min_u64(slice, runs[i].length - at)};
+			uint64_t at = piece->dropped - done, bytes = min_u64(slice, runs[i].length - at);
 
-			/* Until the mover has run after its event every COPY into the target says EAGAIN: make room
-			 * for it. */
-			pthread_mutex_lock(&session->mover);
-			mover_pause(session);
-			error = mover_unmap(session, run);
-			mover_continue(session);
-			pthread_mutex_unlock(&session->mover);
-			if (!error || error == MOVER_LATE)
-				piece->dropped += run.length;
+			error = unmap_slice(piece, (struct snapd_run){runs[i].start + at, bytes});
+			/* A late one is carried out all the same; of an adopted piece it may be a part only. */
+			if (!error || (error == MOVER_LATE && !piece->adopted))
+				piece->dropped += bytes;
 			if (i == 0)
 				usleep(breath_us);
 		}

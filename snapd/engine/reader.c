@@ -15,6 +15,9 @@
 #define PAUSE_US 20 /* the thread that is in the call may need this very CPU */
 #define PROBE_NS 500000000ULL
 #define COPY_TRIES 20
+#define SOURCE_NS 2000000ULL
+#define WAKE_START 0x10000ULL /* all that a program can map */
+#define WAKE_END 0x7ffffffff000ULL
 
 struct pending {
 	struct fault faults[MAX_PENDING];
@@ -36,11 +39,22 @@ static void add_pending(struct sn_session *session, struct pending *pending, con
 		uffd_wake(session->uffd, fault.address, PAGE);
 }
 
+/* A message stays where it was read: a copy of it would be an event more for a successor. */
+static void take(struct events *events, const struct snapd_uffd_msg *message, struct pending *pending)
+{
+	if (message->event == SNAPD_UFFD_EVENT_PAGEFAULT) {
+		add_pending(events->session, pending, message);
+		events->n++;
+	} else {
+		events_take(events);
+	}
+}
+
 /* Reads once. Faults apart, it goes into the ring: what a dying daemon had read its successor finds there. A thread
  * has one event in the queue at most, so one read never shows two calls of the same thread. */
 static unsigned int read_events(struct sn_session *session, struct events *events, struct pending *pending)
 {
-	struct snapd_uffd_msg *ring = pm_ring(&session->pm), *slots = &ring[events->n];
+	struct snapd_uffd_msg *slots = &pm_ring(&session->pm)[events->n];
 	unsigned int got;
 	ssize_t bytes;
 
@@ -53,15 +67,20 @@ static unsigned int read_events(struct sn_session *session, struct events *event
 		usleep(10000);
 	}
 	got = bytes > 0 ? (unsigned int)((size_t)bytes / sizeof(*slots)) : 0;
-	for (unsigned int i = 0; i < got; i++) {
-		if (slots[i].event == SNAPD_UFFD_EVENT_PAGEFAULT) {
-			add_pending(session, pending, &slots[i]);
-		} else {
-			ring[events->n] = slots[i];
-			events_take(events);
-		}
-	}
+	for (unsigned int i = 0; i < got; i++)
+		take(events, &slots[i], pending);
 	return got;
+}
+
+/* What the former daemon had read and not applied; slots behind are clear. What it had applied is in the other ring, if
+ * it died before that was clear. */
+static void take_what_is_left(struct events *events, struct pending *pending)
+{
+	struct page_map *pm = &events->session->pm;
+
+	memset(pm_other_ring(pm), 0, RING_SLOTS * sizeof(struct snapd_uffd_msg));
+	while (events->n + READ_SLOTS <= RING_SLOTS && pm_ring(pm)[events->n].event)
+		take(events, &pm_ring(pm)[events->n], pending);
 }
 
 static bool made_room(struct events *events)
@@ -98,6 +117,8 @@ static void drain(struct sn_session *session, struct pending *pending)
 
 	pthread_rwlock_wrlock(&session->lock);
 	events_begin(&events, session);
+	if (session->adopted)
+		take_what_is_left(&events, pending);
 	do {
 		got = read_events(session, &events, pending);
 		if (events.nwaiting)
@@ -105,6 +126,15 @@ static void drain(struct sn_session *session, struct pending *pending)
 	} while ((got || events.nwaiting) && made_room(&events));
 	events_end(&events, !uffd_changing(session->uffd));
 	pthread_rwlock_unlock(&session->lock);
+}
+
+/* Faults that the former daemon had read are answered by nobody: all that wait ask again. */
+static void take_over(struct sn_session *session, struct pending *pending)
+{
+	drain(session, pending);
+	session->adopted = false;
+	keeper_ring_is_read(session->number);
+	uffd_wake(session->uffd, WAKE_START, WAKE_END - WAKE_START);
 }
 
 /* A fault where there is no record: the mapping has grown in place. */
@@ -150,7 +180,7 @@ static uint64_t serve(struct sn_session *session, struct filler *filler, struct 
 				continue;
 			}
 			COUNT(session, retries);
-			fault.due_ns = now_ns() + fill_delay_ns(result);
+			fault.due_ns = now_ns() + fill_delay_ns(session, result);
 		}
 		if (!next || fault.due_ns < next)
 			next = fault.due_ns;
@@ -167,11 +197,12 @@ static void give_page(struct sn_session *session, uint64_t index, const void *pa
 {
 	for (;;) {
 		enum uffd_result result = UFFD_DONE;
-		uint64_t address;
+		uint64_t address, entry;
 
 		pthread_rwlock_rdlock(&session->lock);
 		address = pm_address_of(pm_table(&session->pm), index);
-		if (!address || ENTRY_STATE(session->pm.entries[index]) != ST_ASIDE) {
+		entry = session->pm.entries[index];
+		if (!address || !(ENTRY_STATE(entry) == ST_ASIDE || entry & ENTRY_MOVING)) {
 			pthread_rwlock_unlock(&session->lock);
 			return;
 		}
@@ -179,7 +210,7 @@ static void give_page(struct sn_session *session, uint64_t index, const void *pa
 			result = copy == COPY_POISON ? uffd_poison(session->uffd, address, PAGE)
 						     : uffd_copy(session->uffd, address, page, PAGE, 0, NULL);
 		if (result != UFFD_AGAIN && result != UFFD_NO_MEMORY)
-			atomic_store(&session->pm.entries[index], copy == COPY_POISON ? ST_BAD : ST_NONE);
+			entry_put(session, index, copy == COPY_POISON ? ST_BAD : ST_NONE);
 		pthread_rwlock_unlock(&session->lock);
 		if (result == UFFD_GONE)
 			session_gone(session);
@@ -209,6 +240,39 @@ static enum copy take_page(struct sn_session *source, uint64_t from, void *page)
 	return COPY_POISON;
 }
 
+/* Whether what the source knows of its pages is final. */
+static bool may_copy(const struct sn_session *source)
+{
+	return !source || (!source->cut && atomic_load(&source->mem_fd) >= 0) ||
+	       atomic_load(&source->gone) || atomic_load(&source->stopping);
+}
+
+/* One page that may be aside in the source; it may also be nowhere, when its stop was cut. */
+static void copy_page(struct sn_session *session, uint64_t index, uint64_t from, unsigned char *page,
+		      struct pending *pending)
+{
+	struct sn_session *source = session->source;
+	uint64_t entry = session->pm.entries[index];
+
+	if (entry & ENTRY_MOVING) {
+		bool known = source && !source->cut && recover_find(source, index, from, &from) == 0;
+
+		from = known ? from : 0;
+		if (known && !from && ENTRY_STATE(entry) != ST_ASIDE) {
+			bool there = ENTRY_STATE(entry) == ST_FILLED || ENTRY_STATE(entry) == ST_GUARD;
+
+			pthread_rwlock_wrlock(&session->lock);
+			if (session->pm.entries[index] == entry)
+				entry_put(session, index, there ? ST_NONE : entry & ~ENTRY_MOVING);
+			pthread_rwlock_unlock(&session->lock);
+			return;
+		}
+	} else if (ENTRY_STATE(entry) != ST_ASIDE) {
+		return;
+	}
+	give_page(session, index, page, source && from ? take_page(source, from, page) : COPY_POISON, pending);
+}
+
 /* A fork in the middle of a dump: pages that are aside in the parent come to the child before any answer to its
  * faults. Their memory is held meanwhile, also when the parent exits. */
 static void copy_aside(struct sn_session *session, struct pending *pending)
@@ -225,12 +289,10 @@ static void copy_aside(struct sn_session *session, struct pending *pending)
 		for (uint64_t i = 0; i < table->nrecords; i++) {
 			const struct record *record = &table->records[i];
 
-			for (uint64_t k = 0; record->aside && k < record->npages; k++) {
-				uint64_t index = record->first + k, from = record->aside + k * PAGE;
-
-				if (ENTRY_STATE(session->pm.entries[index]) == ST_ASIDE)
-					give_page(session, index, page, take_page(source, from, page), pending);
-			}
+			for (uint64_t k = 0; record->first != NO_ENTRIES && (record->aside || session->cut) &&
+					     k < record->npages; k++)
+				copy_page(session, record->first + k, record->aside ? record->aside + k * PAGE : 0,
+					  page, pending);
 		}
 	}
 	free(table);
@@ -240,9 +302,12 @@ static void copy_aside(struct sn_session *session, struct pending *pending)
 	for (uint64_t i = 0; i < table->nrecords; i++)
 		table->records[i].aside = 0;
 	pm_commit(&session->pm);
+	session->cut = false;
 	session->source = NULL;
+	session->pm.header->source = 0;
 	pthread_rwlock_unlock(&session->lock);
-	atomic_fetch_sub(&source->fork_copies, 1);
+	if (source)
+		atomic_fetch_sub(&source->fork_copies, 1);
 }
 
 void *reader_main(void *arg)
@@ -252,7 +317,7 @@ void *reader_main(void *arg)
 	struct prefetch *prefetch = prefetch_create(session);
 	struct filler filler = {0};
 	uint64_t next = 0;
-	bool ahead = false;
+	bool ahead = false, due;
 
 	if (!pending || !prefetch || filler_init(&filler)) {
 		notify(&(struct sn_notice){.kind = SN_NOTICE_TROUBLE, .session = session->id, .cause = ENOMEM});
@@ -261,8 +326,9 @@ void *reader_main(void *arg)
 		return NULL;
 	}
 	prefer_thread();
-	if (session->source)
-		copy_aside(session, pending);
+	if (session->adopted)
+		take_over(session, pending);
+	due = session->source || session->pm.header->source;
 	next = serve(session, &filler, prefetch, pending); /* what was asked for meanwhile */
 	while (!atomic_load(&session->stopping)) {
 		struct pollfd fds[2] = {{.fd = session->uffd, .events = POLLIN},
@@ -270,6 +336,12 @@ void *reader_main(void *arg)
 		uint64_t now = now_ns(), wait = session->agent_sock < 0 ? PROBE_NS : ~0ULL;
 		struct timespec timeout;
 
+		if (due && may_copy(session->source)) {
+			copy_aside(session, pending);
+			due = false;
+		}
+		if (due)
+			wait = min_u64(wait, SOURCE_NS);
 		if (ahead)
 			wait = 0;
 		else if (next)

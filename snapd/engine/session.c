@@ -3,6 +3,7 @@
  * Owns what belongs to one target's mm: three fds, the lock, the threads. Knows no policy and no pid but to read from.
  */
 #include "internal.h"
+#include "keeper.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -72,6 +73,10 @@ struct sn_session *session_new(const struct sn_target *target, struct sn_store *
 	session->source = source;
 	session->store = store;
 	atomic_fetch_add(&store->references, 1);
+	session->number = session->pm.header->number;
+	if (!session->number)
+		session->number = session->pm.header->number = keeper_number();
+	session->pm.header->store_number = store->number;
 	session->pm.header->pid = target->pid;
 	session->pm.header->sentinel = target->sentinel;
 	memcpy(session->pm.header->store_id, store->id, sizeof(store->id));
@@ -107,17 +112,29 @@ int session_start(struct sn_session *session)
 	return -error;
 }
 
-static void session_free(struct sn_session *session)
+/* The page map last: with it the session is whole. */
+int session_hand_over(struct sn_session *session)
 {
-	struct table *table = pm_table(&session->pm);
+	int error = sn_hand_over(KEEP_USERFAULTFD, session->number, session->uffd);
 
+	return error ? error : sn_hand_over(KEEP_PAGE_MAP, session->number, session->pm.fd);
+}
+
+static void session_withhold(struct sn_session *session)
+{
+	sn_withhold(KEEP_PAGE_MAP, session->number);
+	sn_withhold(KEEP_USERFAULTFD, session->number);
+}
+
+/* Frees what is the session's; a descriptor that is -1 by now is the caller's. */
+void session_forget(struct sn_session *session)
+{
 	notice_forget(&session->birth);
 	notice_forget(&session->end);
-	for (uint64_t i = 0; i < table->nrecords; i++)
-		for (uint64_t k = 0; table->records[i].first != NO_ENTRIES && k < table->records[i].npages; k++)
-			store_unhold_entry(session->store, session->pm.entries[table->records[i].first + k]);
-	if (session->uffd >= 0)
+	if (session->uffd >= 0) {
+		session_withhold(session);
 		close(session->uffd);
+	}
 	mover_detach(session);
 	hold_release(session);
 	memory_close(session);
@@ -132,6 +149,16 @@ static void session_free(struct sn_session *session)
 	pthread_cond_destroy(&session->queue_ready);
 	pthread_rwlock_destroy(&session->lock);
 	free(session);
+}
+
+static void session_free(struct sn_session *session)
+{
+	struct table *table = pm_table(&session->pm);
+
+	for (uint64_t i = 0; i < table->nrecords; i++)
+		for (uint64_t k = 0; table->records[i].first != NO_ENTRIES && k < table->records[i].npages; k++)
+			store_unhold_entry(session->store, session->pm.entries[table->records[i].first + k]);
+	session_forget(session);
 }
 
 /* Ends the session's threads, and waits for children that still read its memory. */
@@ -158,7 +185,9 @@ struct sn_session *sn_session_create(const struct sn_target *target, struct sn_s
 
 	if (!session)
 		return NULL;
-	*ret_error = session_start(session);
+	*ret_error = session_hand_over(session);
+	if (!*ret_error)
+		*ret_error = session_start(session);
 	if (!*ret_error && target->pid) {
 		*ret_error = memory_open(session);
 		/* A plain user may not look into every program of its own: then it is served, and not dumped. */
@@ -168,6 +197,7 @@ struct sn_session *sn_session_create(const struct sn_target *target, struct sn_s
 			session_quiet(session);
 	}
 	if (*ret_error) {
+		session_withhold(session);
 		session->uffd = session->agent_sock = session->pm.fd = -1; /* still the caller's */
 		session_free(session);
 		return NULL;
@@ -199,6 +229,8 @@ int session_fork(struct sn_session *session, const struct table *from, int uffd)
 	bool aside = false;
 	int error;
 
+	if (uffd < 0) /* of a former daemon, and the child has its session */
+		return 0;
 	target.page_map = sn_page_map_create();
 	if (target.page_map < 0)
 		return target.page_map;
@@ -207,6 +239,9 @@ int session_fork(struct sn_session *session, const struct table *from, int uffd)
 		close(target.page_map);
 		return error;
 	}
+	/* Where pages of a cut stop are the parent does not know yet. */
+	aside = session->cut;
+	child->cut = aside;
 	to = pm_edit(&child->pm);
 	to->nrecords = from->nrecords;
 	memcpy(to->records, from->records, from->nrecords * sizeof(from->records[0]));
@@ -230,10 +265,19 @@ int session_fork(struct sn_session *session, const struct table *from, int uffd)
 	else
 		child->source = NULL;
 	session->forked = child->forked = true;
-	error = session_start(child);
+	child->pm.header->parent = session->number;
+	child->pm.header->source = aside ? source->number : 0;
+	child->pm.header->uid = session->pm.header->uid;
+	child->pm.header->flags = session->pm.header->flags & FLAG_FORK_EVENTS;
+	error = session_hand_over(child);
+	if (!error) {
+		keeper_fork_is_applied(uffd);
+		error = session_start(child);
+	}
 	if (error) {
 		if (aside)
 			atomic_fetch_sub(&source->fork_copies, 1);
+		session_withhold(child);
 		child->uffd = -1;
 		session_free(child);
 		return error;
@@ -249,6 +293,20 @@ void entry_put(struct sn_session *session, uint64_t index, uint64_t entry)
 
 	if (entry_has_frame(old) && (old & ENTRY_FRAME_MASK) != (entry & ENTRY_FRAME_MASK))
 		store_unhold_entry(session->store, old);
+}
+
+void sn_session_note(struct sn_session *session, int uid, uint64_t born, uint32_t flags)
+{
+	struct page_map_header *header = session->pm.header;
+
+	header->uid = uid;
+	header->flags = flags;
+	header->born = born;
+}
+
+uint32_t sn_session_number(struct sn_session *session)
+{
+	return session->number;
 }
 
 uint64_t sn_session_id(struct sn_session *session)

@@ -4,6 +4,7 @@
  * the file system. It parses nothing: offsets and lengths come from entries.
  */
 #include "internal.h"
+#include "keeper.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -35,7 +36,7 @@ static void count_written(struct sn_store *store, uint64_t end)
 	}
 }
 
-struct sn_store *sn_store_open(int fd, const unsigned char *id, uint64_t tail, uint64_t limit)
+struct sn_store *sn_store_open(int fd, const unsigned char *id, uint64_t tail, uint64_t limit, uint32_t number)
 {
 	struct sn_store *store = calloc(1, sizeof(*store));
 
@@ -50,6 +51,13 @@ struct sn_store *sn_store_open(int fd, const unsigned char *id, uint64_t tail, u
 		return NULL;
 	}
 	store->fd = fd;
+	store->number = number ? number : keeper_number();
+	if (sn_hand_over(KEEP_STORE, store->number, fd)) {
+		free((void *)store->live);
+		free((void *)store->written);
+		free(store);
+		return NULL;
+	}
 	store_name(store, id);
 	atomic_store(&store->references, 1);
 	atomic_store(&store->tail, tail);
@@ -64,6 +72,7 @@ void sn_store_release(struct sn_store *store)
 {
 	if (atomic_fetch_sub(&store->references, 1) != 1)
 		return;
+	sn_withhold(KEEP_STORE, store->number);
 	close(store->fd); /* unnamed: the last close frees its blocks */
 	pthread_mutex_destroy(&store->lock);
 	free((void *)store->live);

@@ -4,13 +4,17 @@
  *
  *   churn [--threads 8] [--seconds 10] [--mib 256] [--areas 4] [--seed 1] [--pace US] [--window PERCENT]
  *         [--thp PERCENT] [--direct FILE] [--guards] [--ops NAME=WEIGHT,...] [--only NAME=WEIGHT,...] [--strict-mremap]
+ *         [--slow MS]
  *
+ * --slow lists operations that took longer, by their start (CLOCK_MONOTONIC) and duration in nanoseconds.
  * --window keeps reads and writes inside that share of an area, which wanders; --only sets all other weights to 0.
  * SIGTERM and SIGINT end it early and orderly. */
 #include "operations.h"
 #include <fcntl.h>
 #include <getopt.h>
 #include <stdatomic.h>
+
+#define MAX_SLOW 8192
 
 static atomic_bool stop;
 static pthread_barrier_t filled;
@@ -21,6 +25,23 @@ static uint64_t total_weight(void)
     for (size_t i = 0; i < COUNT_OF(operations); i++)
         total += operations[i].weight;
     return total;
+}
+
+static struct {
+    uint64_t start_ns, duration_ns;
+} slow[MAX_SLOW];
+static atomic_uint nslow;
+
+static void note_time(uint64_t start_ns)
+{
+    uint64_t duration_ns = now_ns() - start_ns;
+    if (duration_ns < options.slow_ms * NS_PER_MS)
+        return;
+    unsigned i = atomic_fetch_add(&nslow, 1);
+    if (i < MAX_SLOW) {
+        slow[i].start_ns = start_ns;
+        slow[i].duration_ns = duration_ns;
+    }
 }
 
 static size_t pick_operation(struct worker *worker, uint64_t total)
@@ -50,7 +71,10 @@ static void *work(void *argument)
         size_t i = pick_operation(worker, total);
         here.operation = operations[i].name;
         here.serial++;
+        uint64_t start_ns = now_ns();
         operations[i].run(worker);
+        if (options.slow_ms)
+            note_time(start_ns);
         worker->done[i]++;
         if (options.pace_us)
             sleep_ns(options.pace_us * 1000ull);
@@ -89,13 +113,13 @@ static void parse_weights(char *list, bool only)
 
 static void parse_options(int argc, char **argv)
 {
-    enum { THREADS, SECONDS, MIBS, AREAS, SEED, PACE, WINDOW, THP, DIRECT, GUARDS, OPS, ONLY, STRICT };
+    enum { THREADS, SECONDS, MIBS, AREAS, SEED, PACE, WINDOW, THP, SLOW, DIRECT, GUARDS, OPS, ONLY, STRICT };
     static const struct option known[] = {
         {"threads", 1, NULL, THREADS}, {"seconds", 1, NULL, SECONDS}, {"mib", 1, NULL, MIBS},
         {"areas", 1, NULL, AREAS},     {"seed", 1, NULL, SEED},       {"pace", 1, NULL, PACE},
         {"window", 1, NULL, WINDOW},   {"thp", 1, NULL, THP},         {"direct", 1, NULL, DIRECT},
         {"guards", 0, NULL, GUARDS},   {"ops", 1, NULL, OPS},         {"only", 1, NULL, ONLY},
-        {"strict-mremap", 0, NULL, STRICT}, {0},
+        {"strict-mremap", 0, NULL, STRICT}, {"slow", 1, NULL, SLOW}, {0},
     };
     int option, index = 0;
     while ((option = getopt_long(argc, argv, "", known, &index)) != -1) {
@@ -109,6 +133,7 @@ static void parse_options(int argc, char **argv)
         case PACE: options.pace_us = (unsigned)number; break;
         case WINDOW: options.window = (unsigned)number; break;
         case THP: options.thp = (unsigned)number; break;
+        case SLOW: options.slow_ms = number; break;
         case DIRECT: options.direct = optarg; break;
         case GUARDS: options.guards = true; break;
         case OPS: parse_weights(optarg, false); break;
@@ -184,7 +209,10 @@ static void print_result(const struct worker *workers, double seconds)
             forks = sum;
         printf("%s\"%s\":%lu", i ? "," : "", operations[i].name, sum);
     }
-    printf("},\"pages\":%lu,\"live_pages\":%lu,\"forks\":%lu,\"grown_in_place\":%lu,\"refused\":%lu,"
+    printf("},\"slow\":[");
+    for (unsigned i = 0; i < atomic_load(&nslow) && i < MAX_SLOW; i++)
+        printf("%s[%lu,%lu]", i ? "," : "", slow[i].start_ns, slow[i].duration_ns);
+    printf("],\"pages\":%lu,\"live_pages\":%lu,\"forks\":%lu,\"grown_in_place\":%lu,\"refused\":%lu,"
            "\"refused_whole\":%lu,\"threads\":%u,\"seed\":%lu,\"seconds\":%.3f,\"errors\":0}\n",
            pages, live_pages, forks, grown_in_place, refused, refused_whole, options.threads, options.seed, seconds);
     fflush(stdout);

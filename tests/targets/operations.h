@@ -29,7 +29,7 @@ struct worker {
 static struct {
     unsigned threads, seconds, areas, pace_us, window, thp;
     size_t mib;
-    uint64_t seed;
+    uint64_t seed, slow_ms;
     const char *direct;
     bool guards, strict_mremap;
 } options = {.threads = 8, .seconds = 10, .areas = 4, .window = 100, .mib = 256, .seed = 1};

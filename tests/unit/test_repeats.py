@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from snapd import engine
-from snapd.daemon import main, refusals, repeats
+from snapd.daemon import refusals, repeats, start
 from snapd.daemon.refusals import Refusals
 from snapd.daemon.repeats import EVERY_S, Repeats
 from snapd.engine import Model, Notice, NoticeKind
@@ -115,5 +115,5 @@ def test_root_without_the_right_to_raise_the_hard_limit_takes_what_there_is(
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 4096))
     monkeypatch.setattr(resource, "setrlimit", setrlimit)
-    main._raise_limits()
-    assert asked == [(main.OPEN_FILES, main.OPEN_FILES) if may_raise else (4096, 4096)]
+    start._raise_limits()
+    assert asked == [(start.OPEN_FILES, start.OPEN_FILES) if may_raise else (4096, 4096)]
