@@ -14,7 +14,7 @@ SOURCES := find Makefile pyproject.toml hatch_build.py .ci snapd $(C_USERS) -typ
 need = @$(1) >/dev/null 2>&1 || { \
 	echo "$(2) is missing: apt install $(3) (Debian, Ubuntu), dnf install $(4) (Fedora)" >&2; false; }
 
-.PHONY: help build demo test lint type bench docs install uninstall clean torture need-clang need-redis need-stress
+.PHONY: help sanitize build demo test lint type bench docs install uninstall clean torture need-clang need-redis need-stress
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -41,6 +41,9 @@ type: build ## mypy --strict
 
 torture: need-stress need-redis build ## dump programs at random while they verify themselves, TORTURE_S (600) seconds
 	@$(BIN)/pytest -m torture $(ARGS)
+
+sanitize: build ## the engine's C under TSan, ASan and UBSan, against real processes (SANITIZE_S=20 each)
+	@$(BIN)/python -m tests.sanitize
 
 bench: build ## throughput and latencies beside the machine's own limits
 	@$(BIN)/python -m tests.bench

@@ -26,9 +26,17 @@ from snapd.daemon.repeats import Repeats, suffix
 from snapd.daemon.server import Peer
 from snapd.daemon.session import Session
 from snapd.daemon.takeover import FLAG_AGENT, FLAG_FORK_EVENTS
-from snapd.errors import KernelLacks, NotPermitted, ProtocolError, SnapdError, TargetGone, UserfaultfdDenied
+from snapd.errors import (
+    KernelLacks,
+    NotPermitted,
+    ProtocolError,
+    SessionBusy,
+    SnapdError,
+    TargetGone,
+    UserfaultfdDenied,
+)
 from snapd.pages import PAGE, Range
-from snapd.protocol.agent import HELLO_SESSION, MESSAGE_BYTES, Kind, Message
+from snapd.protocol.agent import HELLO_FORKED, HELLO_SESSION, MESSAGE_BYTES, Kind, Message
 from snapd.store.writer import StoreWriter
 
 log = logging.getLogger(__name__)
@@ -131,6 +139,8 @@ async def make_session(sock: AgentSocket, hello: Message, peer: Peer, state_dir:
             # UFFDIO_REGISTER says ENOMEM of memory that an exec in the middle of the handshake has replaced.
             if not all(procfs.thread_of(peer.pid, tid) for tid in (hello.length, hello.dest)):
                 raise TargetGone(peer.pid) from error
+            if error.errno == errno.EBUSY and hello.flags & HELLO_FORKED:
+                raise SessionBusy(peer.pid) from error
             raise ProtocolError(f"pid {peer.pid} names a sentinel that can't be watched") from error
         writer = StoreWriter(state_dir)
         store_id, tail = writer.header.store_id, writer.end
@@ -368,6 +378,8 @@ async def _greet_peer(sock: AgentSocket, host: Host, peer: Peer) -> None:
         log.warning("%s: dropped: it says nothing", who)
     except TargetGone:
         log.info("%s: gone before it was attached", who)
+    except SessionBusy:
+        log.info("%s: quicker than the event of its fork: it will come again", who)
     except SnapdError as error:
         if host.refused(peer, error):
             log.warning("%s: dropped: %s", who, error)

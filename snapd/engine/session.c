@@ -251,10 +251,12 @@ int session_fork(struct sn_session *session, const struct table *from, int uffd)
 		if (record->first == NO_ENTRIES)
 			continue;
 		aside |= record->aside != 0;
-		memcpy((void *)(child->pm.entries + record->first), (void *)(session->pm.entries + record->first),
-		       record->npages * 8);
-		for (uint64_t k = 0; k < record->npages; k++)
-			store_hold_entry(session->store, child->pm.entries[record->first + k]);
+		for (uint64_t k = record->first; k < record->first + record->npages; k++) {
+			uint64_t entry = session->pm.entries[k]; /* packing may publish a frame just now */
+
+			child->pm.entries[k] = entry;
+			store_hold_entry(session->store, entry);
+		}
 	}
 	child->pm.header->nentries = session->pm.header->nentries;
 	child->pm.alloc_next = session->pm.alloc_next;
@@ -376,7 +378,12 @@ struct sn_store *sn_session_store(struct sn_session *session)
 
 void sn_session_stats(struct sn_session *session, struct sn_stats *ret)
 {
-	*ret = session->stats;
+	const uint64_t *from = (const uint64_t *)&session->stats;
+	uint64_t *to = (uint64_t *)ret;
+
+	_Static_assert(sizeof(session->stats) % sizeof(*from) == 0, "counters and nothing else");
+	for (size_t i = 0; i < sizeof(session->stats) / sizeof(*from); i++)
+		to[i] = __atomic_load_n(&from[i], __ATOMIC_RELAXED);
 }
 
 void sn_session_counts(struct sn_session *session, struct sn_counts *ret)
