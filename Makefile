@@ -14,7 +14,8 @@ SOURCES := find Makefile pyproject.toml hatch_build.py .ci snapd $(C_USERS) -typ
 need = @$(1) >/dev/null 2>&1 || { \
 	echo "$(2) is missing: apt install $(3) (Debian, Ubuntu), dnf install $(4) (Fedora)" >&2; false; }
 
-.PHONY: help sanitize build demo test lint type bench docs install uninstall clean torture need-clang need-redis need-stress
+.PHONY: help build demo test lint type torture sanitize bench docs install uninstall clean need-clang need-redis \
+	need-stress
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10

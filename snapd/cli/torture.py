@@ -34,6 +34,7 @@ START_S: Final = 30.0
 STOP_S: Final = 120.0
 POLL_S: Final = 0.02
 LAST_LINES: Final = 10
+"""What is shown of the log at most."""
 _UNITS: Final = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 _PR_SET_PDEATHSIG: Final = 1
 _MAX_SEED: Final = (1 << 32) - 1
@@ -98,8 +99,10 @@ def command(arguments: tuple[str, ...], seed: int | None, interval_s: float, as_
             output.complain(f"the seed was {seed}")
             raise
     _show(report, as_json=as_json)
-    for line in alarms:
+    for line in alarms[:LAST_LINES]:
         output.complain(f"the daemon said: {line}")
+    if len(alarms) > LAST_LINES:
+        output.complain(f"and {len(alarms) - LAST_LINES} lines more of that kind")
     if report.exit_status or report.signal or alarms:
         output.complain(f"the seed was {seed}")
     output.flush()

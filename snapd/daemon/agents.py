@@ -376,10 +376,9 @@ async def _greet_peer(sock: AgentSocket, host: Host, peer: Peer) -> None:
         log.debug("%s: gone", who)
     except trio.TooSlowError:
         log.warning("%s: dropped: it says nothing", who)
-    except TargetGone:
-        log.info("%s: gone before it was attached", who)
-    except SessionBusy:
-        log.info("%s: quicker than the event of its fork: it will come again", who)
+    except (TargetGone, SessionBusy) as error:
+        # It is gone, or it was quicker than the event of its fork: then it comes again.
+        log.info("%s: not attached: %s", who, error)
     except SnapdError as error:
         if host.refused(peer, error):
             log.warning("%s: dropped: %s", who, error)

@@ -224,6 +224,7 @@ static void *pack_main(void *unused)
 	for (;;) {
 		struct sn_pack_report report = {0};
 		struct job job;
+		bool failed;
 		int error;
 
 		pthread_mutex_lock(&queue.lock);
@@ -235,7 +236,10 @@ static void *pack_main(void *unused)
 		pthread_cond_signal(&queue.room);
 		pthread_mutex_unlock(&queue.lock);
 
-		error = job.piece->cause ? 0 : pack_job(&job, packer, &batch, &report);
+		pthread_mutex_lock(&job.piece->lock);
+		failed = job.piece->cause != 0;
+		pthread_mutex_unlock(&job.piece->lock);
+		error = failed ? 0 : pack_job(&job, packer, &batch, &report);
 		pthread_mutex_lock(&job.piece->lock);
 		if (error && !job.piece->cause)
 			job.piece->cause = error;

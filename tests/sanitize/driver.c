@@ -24,13 +24,16 @@
 
 #define MAX_INTERVALS 4096
 #define MAX_CHILDREN 4096
+#define MAX_FAILED 3 /* as many pieces as may be on their way when the program ends */
 #define STORE_HEADER 4096
 #define LEVEL 1
 #define STACK_BELOW (64UL << 10)
 #define STACK_ABOVE (1UL << 20)
 #define LEAST_BYTES (64UL << 10)
 #define PIECE_PAGES 1024
+#define RUN_WEIGHT 8
 #define SLICE_BYTES (4UL << 20)
+#define HINT 0x600000000000UL /* a hole in every address space, far from what the program maps */
 
 static struct sn_store *store;
 static struct sn_session *session;
@@ -38,12 +41,15 @@ static struct snapd_wire hello;
 static atomic_bool ending;
 static struct sn_session *children[MAX_CHILDREN];
 static int nchildren;
+static struct sn_piece *failed[MAX_FAILED];
+static int nfailed;
+static pthread_mutex_t operation = PTHREAD_MUTEX_INITIALIZER; /* a dump or a restore, as in the daemon */
 static _Atomic uint64_t dumps, moved_pages, restores;
 
 static void fail(const char *what)
 {
 	fprintf(stderr, "driver: %s: %s\n", what, strerror(errno));
-	exit(1);
+	_exit(1); /* other threads run */
 }
 
 static void check(int result, const char *what)
@@ -176,7 +182,7 @@ static int open_store(void)
 
 	if (fd < 0 || getrandom(id, sizeof(id), 0) != sizeof(id) || ftruncate(fd, STORE_HEADER))
 		fail("a store");
-	store = sn_store_open(fd, id, STORE_HEADER);
+	store = sn_store_open(fd, id, STORE_HEADER, 0);
 	if (!store)
 		fail("sn_store_open");
 	return fd;
@@ -221,45 +227,50 @@ static bool is_ours(uint64_t start, uint64_t end)
 	return false;
 }
 
-/* Splits [start, end) where a thread's stack or TLS is; the parts go behind those that are there. */
-static int carve(uint64_t start, uint64_t end, const struct sn_thread *threads, int nthreads, uint64_t *parts, int n)
-{
-	for (int i = 0; i < nthreads; i++) {
-		uint64_t low = PAGE_DOWN(threads[i].stack - STACK_BELOW), high = PAGE_DOWN(threads[i].tls) + 2 * PAGE;
+struct parts {
+	uint64_t ends[2 * MAX_INTERVALS];
+	int n;
+};
 
-		if (high < threads[i].stack || high - threads[i].stack > (64UL << 20))
-			high = PAGE_DOWN(threads[i].stack + STACK_ABOVE);
+/* Adds [start, end) without what of it a survey says must stay; number counts through what that is. */
+static void carve(uint64_t start, uint64_t end, const struct sn_survey_report *seen, int number, struct parts *parts)
+{
+	for (; number < 2 * seen->nthreads + seen->nkept; number++) {
+		const struct sn_thread *thread = &seen->threads[number / 2];
+		uint64_t low, high;
+
+		if (number >= 2 * seen->nthreads) {
+			low = PAGE_DOWN(seen->kept[number - 2 * seen->nthreads]);
+			high = low + PAGE;
+		} else if (number % 2) {
+			low = PAGE_DOWN(thread->tls) - PAGE;
+			high = low + 3 * PAGE;
+		} else {
+			low = PAGE_DOWN(thread->stack - STACK_BELOW);
+			high = PAGE_DOWN(thread->tls) + 2 * PAGE;
+			if (thread->tls < thread->stack || thread->tls - thread->stack > (64UL << 20))
+				high = PAGE_DOWN(thread->stack + STACK_ABOVE);
+		}
 		if (low < end && high > start) {
 			if (low > start)
-				n = carve(start, low, threads + i + 1, nthreads - i - 1, parts, n);
+				carve(start, low, seen, number + 1, parts);
 			if (high < end)
-				n = carve(high, end, threads + i + 1, nthreads - i - 1, parts, n);
-			return n;
-		}
-		low = PAGE_DOWN(threads[i].tls) - PAGE;
-		high = low + 3 * PAGE;
-		if (low < end && high > start) {
-			if (low > start)
-				n = carve(start, low, threads + i + 1, nthreads - i - 1, parts, n);
-			if (high < end)
-				n = carve(high, end, threads + i + 1, nthreads - i - 1, parts, n);
-			return n;
+				carve(high, end, seen, number + 1, parts);
+			return;
 		}
 	}
-	if (end - start >= LEAST_BYTES && n < MAX_INTERVALS) {
-		parts[2 * n] = start;
-		parts[2 * n + 1] = end;
-		n++;
+	if (end - start >= LEAST_BYTES && parts->n < MAX_INTERVALS) {
+		parts->ends[2 * parts->n] = start;
+		parts->ends[2 * parts->n++ + 1] = end;
 	}
-	return n;
 }
 
-static int choose(pid_t pid, const struct sn_thread *threads, int nthreads, uint64_t *parts)
+static void choose(pid_t pid, const struct sn_survey_report *seen, struct parts *ret)
 {
 	char path[64], line[512];
-	int n = 0;
 	FILE *maps;
 
+	ret->n = 0;
 	snprintf(path, sizeof(path), "/proc/%d/maps", pid);
 	maps = fopen(path, "re");
 	while (maps && fgets(line, sizeof(line), maps)) {
@@ -269,19 +280,26 @@ static int choose(pid_t pid, const struct sn_thread *threads, int nthreads, uint
 
 		if (found >= 4 && !strcmp(permissions, "rw-p") && !inode && (!name[0] || !strcmp(name, "[heap]")) &&
 		    !is_ours(start, end))
-			n = carve(start, end, threads, nthreads, parts, n);
+			carve(start, end, seen, 0, ret);
 	}
 	if (maps)
 		fclose(maps);
-	return n;
 }
 
 static void see_through(struct sn_piece *piece)
 {
 	struct sn_pack_report packed;
 
-	check(sn_piece_wait(piece, &packed) == -EPIPE ? 0 : packed.cause, "packing");
-	sn_piece_drop(piece, SLICE_BYTES, 100);
+	sn_piece_wait(piece, &packed);
+	if (packed.cause != -ESRCH) /* the program ends */
+		check(packed.cause, "packing");
+	if (packed.cause || sn_piece_drop(piece, SLICE_BYTES, 100)) {
+		nfailed++; /* and what is aside stays there, with the piece */
+		if (nfailed > MAX_FAILED)
+			fail("too many pieces could not be dropped");
+		failed[nfailed - 1] = piece;
+		return;
+	}
 	sn_piece_free(piece);
 	atomic_fetch_add(&dumps, 1);
 }
@@ -289,31 +307,32 @@ static void see_through(struct sn_piece *piece)
 /* One piece after the other, two on their way at a time. */
 static void dump(pid_t pid, uint64_t *rng)
 {
-	static struct sn_thread threads[1024];
-	static uint64_t parts[2 * MAX_INTERVALS];
+	static struct sn_survey_report seen;
+	static struct parts parts;
+	const struct sn_piece_limits limits = {PIECE_PAGES, RUN_WEIGHT, PIECE_PAGES * PAGE, 64 * PAGE};
 	struct sn_piece *flying = NULL;
-	uint64_t batch[2 * MAX_SPANS], stop_ns;
-	int nthreads, nparts, nbatch = 0, pagemap;
+	uint64_t batch[2 * MAX_SPANS];
+	int nbatch = 0, pagemap;
 	char path[64];
 
-	if (sn_survey(session, threads, 1024, &nthreads, &stop_ns) != SN_MOVED)
+	sn_survey(session, &seen);
+	if (seen.outcome != SN_MOVED)
 		return;
-	nparts = choose(pid, threads, nthreads, parts);
+	choose(pid, &seen, &parts);
 	snprintf(path, sizeof(path), "/proc/%d/pagemap", pid);
 	pagemap = open(path, O_RDONLY | O_CLOEXEC);
-	for (int i = 0; i < nparts && pagemap >= 0; i++) {
-		uint64_t at = parts[2 * i], found[3];
+	for (int i = 0; i < parts.n && pagemap >= 0; i++) {
+		uint64_t at = parts.ends[2 * i], found[4];
 
-		while (at < parts[2 * i + 1] && sn_next_piece(pagemap, at, parts[2 * i + 1], PIECE_PAGES,
-							      PIECE_PAGES * PAGE, 64 * PAGE, found) == 1) {
+		while (at < parts.ends[2 * i + 1] && sn_next_piece(pagemap, at, parts.ends[2 * i + 1], &limits, found) == 1) {
 			at = found[1];
 			if (random_below(rng, 100) < 40)
 				continue;
 			batch[2 * nbatch] = found[0];
 			batch[2 * nbatch + 1] = found[1];
-			if (++nbatch < 4 && at < parts[2 * i + 1])
+			if (++nbatch < 4 && at < parts.ends[2 * i + 1])
 				continue;
-			struct sn_piece *piece = sn_piece_create(session, batch, nbatch, 0);
+			struct sn_piece *piece = sn_piece_create(session, batch, nbatch, HINT);
 			struct sn_piece_report report;
 
 			nbatch = 0;
@@ -355,7 +374,7 @@ static void take_notices(void)
 			}
 		if (notice.kind == SN_NOTICE_BAD_FRAME) {
 			fprintf(stderr, "driver: a page is lost at %#lx\n", notice.address);
-			exit(1);
+			_exit(1);
 		}
 	}
 }
@@ -392,7 +411,9 @@ static void *bring_back(void *unused)
 		if (n) {
 			const struct sn_region *one = &regions[random_below(&rng, n)];
 
+			pthread_mutex_lock(&operation);
 			sn_restore(session, one->start, one->start + one->npages * PAGE / 2, &pages);
+			pthread_mutex_unlock(&operation);
 			atomic_fetch_add(&restores, 1);
 		}
 		usleep(20000);
@@ -425,7 +446,9 @@ int main(int argc, char **argv)
 	pthread_create(&bringer, NULL, bring_back, NULL);
 	end = now_ns() + strtoull(argv[2], NULL, 10) * 1000000000ULL;
 	while (now_ns() < end && waitpid(pid, &status, WNOHANG) == 0) {
+		pthread_mutex_lock(&operation);
 		dump(pid, &rng);
+		pthread_mutex_unlock(&operation);
 		usleep((useconds_t)random_below(&rng, 30000));
 	}
 	/* The program ends by itself, served to its end. */
@@ -439,6 +462,8 @@ int main(int argc, char **argv)
 		restores, nchildren);
 	for (int i = 0; i < nchildren; i++)
 		sn_session_close(children[i]);
+	for (int i = 0; i < nfailed; i++)
+		sn_piece_free(failed[i]);
 	sn_session_close(session);
 	sn_store_release(store);
 	return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
