@@ -182,7 +182,7 @@ static int open_store(void)
 
 	if (fd < 0 || getrandom(id, sizeof(id), 0) != sizeof(id) || ftruncate(fd, STORE_HEADER))
 		fail("a store");
-	store = sn_store_open(fd, id, STORE_HEADER, 0);
+	store = sn_store_open(fd, id, STORE_HEADER, 0, 0);
 	if (!store)
 		fail("sn_store_open");
 	return fd;
