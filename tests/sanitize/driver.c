@@ -324,7 +324,8 @@ static void dump(pid_t pid, uint64_t *rng)
 	for (int i = 0; i < parts.n && pagemap >= 0; i++) {
 		uint64_t at = parts.ends[2 * i], found[4];
 
-		while (at < parts.ends[2 * i + 1] && sn_next_piece(pagemap, at, parts.ends[2 * i + 1], &limits, found) == 1) {
+		while (at < parts.ends[2 * i + 1] &&
+		       sn_next_piece(pagemap, at, parts.ends[2 * i + 1], &limits, found) == 1) {
 			at = found[1];
 			if (random_below(rng, 100) < 40)
 				continue;
