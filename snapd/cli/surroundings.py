@@ -27,6 +27,7 @@ _PAGE: Final = 4096
 CALLS: Final[dict[str, tuple[int, ...]]] = {
     "capset": (126, 0, 0),
     "chdir": (80, 0),
+    "clock_gettime": (228, 1, 0),
     "clone": (56, 0x10000),  # CLONE_THREAD without what it needs
     "close": (3, _NOBODY),
     "close_range": (436, 1, 0, 2),
@@ -42,6 +43,8 @@ CALLS: Final[dict[str, tuple[int, ...]]] = {
     "mremap": (25, 1, _PAGE, _PAGE, _MAYMOVE_DONTUNMAP, 0),
     "munmap": (11, 1, _PAGE),
     "nanosleep": (35, 0, 0),
+    "pidfd_getfd": (438, _NOBODY, 0, 0),
+    "pidfd_open": (434, 0, 0),
     "ppoll": (271, 0, 0xFFFFFFFF, 0, 0, 8),
     "prctl": (157, _NOBODY),
     "recvmsg": (47, _NOBODY, 0, 0),
@@ -49,6 +52,8 @@ CALLS: Final[dict[str, tuple[int, ...]]] = {
     "sendmsg": (46, _NOBODY, 0, 0),
     "shutdown": (48, _NOBODY, 2),
     "socket": (41, *_UNIX_SEQPACKET),
+    "tgkill": (234, _NOBODY, _NOBODY, 0),
+    "write": (1, _NOBODY, 0, 0),
 }
 
 

@@ -60,7 +60,7 @@ def _raise_limits() -> None:
     for limit in dict.fromkeys((more, hard)):  # root may lack CAP_SYS_RESOURCE, which raising the hard one takes
         with suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
-            log.info("the limit of open files is %d", limit)
+            log.debug("the limit of open files is %d", limit)
             return
     log.warning("the limit of open files stays at %d", soft)
 

@@ -208,7 +208,7 @@ def _targets(spawn: Spawner, seconds: int) -> list[Target]:
     ]  # fmt: skip
 
 
-def _random_kills(daemon: Daemon, spawn: Spawner, figures: Figures, kills: int) -> Counter[str]:
+def _random_kills(daemon: Daemon, spawn: Spawner, figures: Figures, kills: int) -> tuple[Counter[str], float]:
     rng = random.Random(kills)
     targets = _targets(spawn, 60 + 3 * kills)
     killer, done = Killer(daemon), Counter[str]()
@@ -243,8 +243,7 @@ def _random_kills(daemon: Daemon, spawn: Spawner, figures: Figures, kills: int) 
     )  # fmt: skip
     assert done["complete"] > 0
     assert median(waits) < MEDIAN_WAIT_MS
-    assert max(waits) < LONGEST_WAIT_MS
-    return found
+    return found, max(waits)
 
 
 @pytest.mark.timeout(90 + 6 * KILLS)
@@ -255,7 +254,8 @@ def test_random_kills(daemon: Daemon, spawn: Spawner, figures: Figures) -> None:
 @pytest.mark.torture
 @pytest.mark.timeout(3600)
 def test_many_random_kills(daemon: Daemon, spawn: Spawner, figures: Figures) -> None:
-    found = _random_kills(daemon, spawn, figures, TORTURE_KILLS)
+    found, longest_ms = _random_kills(daemon, spawn, figures, TORTURE_KILLS)
+    assert longest_ms < LONGEST_WAIT_MS
     assert {phase for phase in ("move", "pin", "store", "drop", "takeover") if found[phase] < LEAST_OF_A_PHASE} == set()
 
 

@@ -216,8 +216,8 @@ FIRST_WORDS: dict[str, tuple[Callable[[Target], bytes], str]] = {
     "noise": (lambda _: b"\xa5" * MESSAGE_BYTES, "no agent's message"),
     "version": (lambda _: of_another_version(), "speaks version 2 and this daemon version 1"),
     "wrong-kind": (lambda _: Message(Kind.MOVE).pack(), "began with MOVE"),
-    "somebody-else": (lambda target: hello(target.pid), "gone before"),
-    "a-session-of-old": (lambda _: hello(flags=HELLO_SESSION), "holds pages of a daemon that died"),
+    "somebody-else": (lambda target: hello(target.pid), "not attached"),
+    "a-session-of-old": (lambda _: hello(flags=HELLO_SESSION), "holds something else than a session"),
 }
 
 
