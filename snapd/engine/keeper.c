@@ -22,6 +22,7 @@
 #define FEW_DEATHS 5
 #define LONGEST_PAUSE_S 32
 #define EXEC_PAUSE_S 1
+#define WATCH_PAUSE_NS 5000000L
 #define ADDRESSES_END 0x7ffffffff000UL
 
 static unsigned long long now(void)
@@ -32,9 +33,9 @@ static unsigned long long now(void)
 	return (unsigned long long)time.tv_sec * 1000000000ULL + (unsigned long long)time.tv_nsec;
 }
 
-static void pause_s(long seconds)
+static void pause_for(long seconds, long ns)
 {
-	struct timespec time = {seconds, 0};
+	struct timespec time = {seconds, ns};
 
 	raw2(__NR_nanosleep, &time, 0);
 }
@@ -230,7 +231,7 @@ static void pause_before_start(struct registry *registry)
 			    (unsigned long)seconds, 10),
 		 " s\n");
 	say(text);
-	pause_s(seconds);
+	pause_for(seconds, 0);
 }
 
 static void wait_for_death(struct registry *registry)
@@ -241,7 +242,8 @@ static void wait_for_death(struct registry *registry)
 
 		if (raw5(__NR_ppoll, &wait, 1, 0, 0, 8) > 0 && wait.revents & POLLIN)
 			return;
-		pause_s(1);
+		/* Whoever lays the descriptors out is just moving this one. */
+		pause_for(0, WATCH_PAUSE_NS);
 	}
 }
 
@@ -258,7 +260,7 @@ static void become_daemon(struct keeper *keeper, int me)
 	for (;;) {
 		raw3(__NR_execve, keeper->path, keeper->argv, keeper->envp);
 		say("snapd: ERROR: the next daemon could not be executed; trying again\n");
-		pause_s(EXEC_PAUSE_S);
+		pause_for(EXEC_PAUSE_S, 0);
 	}
 }
 

@@ -1,8 +1,9 @@
 /* What a former daemon had on its way when it died: a stop that was cut, a piece that was not packed or not dropped.
  *
- * A cut stop is finished in a stop of its own, and what PAGEMAP_SCAN finds in the staging, in the aside and at the
- * address decides each page. Until then its pages wait. Since the program has run in between, it may have discarded,
- * unmapped or moved them: so the records of a cut stop name the aside that a page belongs to, and follow its events.
+ * What PAGEMAP_SCAN finds in the staging, in the aside and at the address decides each page of a cut stop. Until then
+ * they wait. Most are decided while the program runs, the rest in a stop of its own. Since the program has run in
+ * between, it may have discarded, unmapped or moved them: so the records of a cut stop name the aside that a page
+ * belongs to, and follow its events.
  * Knows the mover and the page map; when to recover is session.py's. */
 #include "internal.h"
 
@@ -15,6 +16,9 @@
 	 SNAPD_PAGE_IS_GUARD)
 #define THERE (SNAPD_PAGE_IS_PRESENT | SNAPD_PAGE_IS_SWAPPED | SNAPD_PAGE_IS_GUARD)
 #define PROBE_TRIES 20000
+#define RUNNING_TRIES 100
+#define RUNNING_PAUSE_US 200
+#define RUNNING_ROUNDS 3
 
 enum verdict { SETTLED, NOWHERE, STAGED, HERE, IS_DIRTY, IS_CLEAN, IS_ZERO, IS_GUARD, IS_PINNED, IS_LEFT };
 
@@ -375,24 +379,19 @@ static void point(struct sn_session *session, struct table *table, const struct 
 		}
 }
 
-static void settle(struct sn_session *session, const struct parts *parts)
+/* What is pinned returns to its address and a guard is installed at it: by then the program may have something else
+ * there, unless it stands. */
+static bool takes_a_stop(uint64_t entry, enum verdict verdict)
 {
-	struct table *table = pm_edit(&session->pm);
+	return verdict == IS_GUARD || verdict == IS_DIRTY || verdict == IS_PINNED ||
+	       (verdict == NOWHERE && ENTRY_STATE(entry) == ST_ASIDE);
+}
 
-	for (long i = 0; i < parts->n; i++)
-		point(session, table, &parts->list[i]);
-	pm_commit(&session->pm);
-	for (long i = 0; i < parts->n; i++) {
-		const struct part *part = &parts->list[i];
+static void end_cut(struct sn_session *session)
+{
+	const struct table *table = pm_table(&session->pm);
 
-		for (uint64_t k = 0; k < part->npages; k++)
-			if (part->verdicts[k] != SETTLED)
-				entry_put(session, part->first + k,
-					  settled(session->pm.entries[part->first + k],
-						  (enum verdict)part->verdicts[k]));
-	}
 	/* What is still marked was never moved. */
-	table = pm_table(&session->pm);
 	for (uint64_t i = 0; i < table->nrecords; i++)
 		for (uint64_t k = 0; table->records[i].first != NO_ENTRIES && k < table->records[i].npages; k++)
 			if (session->pm.entries[table->records[i].first + k] & ENTRY_MOVING)
@@ -401,6 +400,76 @@ static void settle(struct sn_session *session, const struct parts *parts)
 		if (intent_at(session, i)->phase == PHASE_CUT)
 			intent_at(session, i)->phase = PHASE_STORE;
 	session->cut = false;
+}
+
+/* Settles what was found, as far as it can be while the program runs or not; with the lock held. */
+static void settle(struct sn_session *session, const struct parts *parts, bool stands)
+{
+	struct table *table = pm_edit(&session->pm);
+	bool all = true;
+
+	for (long i = 0; i < parts->n; i++)
+		point(session, table, &parts->list[i]);
+	pm_commit(&session->pm);
+	for (long i = 0; i < parts->n; i++) {
+		const struct part *part = &parts->list[i];
+
+		for (uint64_t k = 0; k < part->npages; k++) {
+			uint64_t entry = session->pm.entries[part->first + k];
+			enum verdict verdict = (enum verdict)part->verdicts[k];
+
+			if (verdict == SETTLED)
+				continue;
+			if (stands || !takes_a_stop(entry, verdict))
+				entry_put(session, part->first + k, settled(entry, verdict));
+			else
+				all = false;
+		}
+	}
+	if (all)
+		end_cut(session);
+}
+
+/* What is where, by a table that has all that the program did: no event is unread, and no call that raises one has
+ * changed anything yet. Returns with the lock held, or an error. */
+static int look_while_it_runs(struct sn_session *session, struct parts *parts)
+{
+	for (int tries = 0; tries < RUNNING_TRIES; tries++) {
+		int error;
+
+		pthread_rwlock_wrlock(&session->lock);
+		find_parts(session, parts);
+		error = look_everywhere(session, parts, atomic_load(&session->pagemap_fd));
+		if (!error && !uffd_changing(session->uffd))
+			return 0;
+		pthread_rwlock_unlock(&session->lock);
+		free_parts(parts);
+		*parts = (struct parts){0};
+		if (error)
+			return error;
+		usleep(RUNNING_PAUSE_US);
+	}
+	return -EAGAIN;
+}
+
+/* Before any stop: a thread that waits for a page of the cut one inside a call of the kernel's would not stand until it
+ * has it. Nobody but the mover touches an aside or a staging, so the pin pass needs no stop either. */
+static int finish_while_it_runs(struct sn_session *session)
+{
+	int error = 0;
+
+	for (int round = 0; round < RUNNING_ROUNDS && session->cut && !error; round++) {
+		struct parts parts = {0};
+
+		error = look_while_it_runs(session, &parts);
+		if (!error) {
+			settle(session, &parts, false);
+			pthread_rwlock_unlock(&session->lock);
+			error = each_run(session, &parts, IS_DIRTY, pin_run);
+		}
+		free_parts(&parts);
+	}
+	return error;
 }
 
 static int finish_stop(struct sn_session *session)
@@ -422,7 +491,7 @@ static int finish_stop(struct sn_session *session)
 		error = each_run(session, &parts, IS_PINNED, return_run);
 	pthread_rwlock_wrlock(&session->lock);
 	if (!error)
-		settle(session, &parts);
+		settle(session, &parts, true);
 	session->in_stop = false;
 	pthread_rwlock_unlock(&session->lock);
 	free_parts(&parts);
@@ -500,6 +569,11 @@ static int recover(struct sn_session *session)
 	if (session->source) /* the reader gets its pages from the parent, when that knows where they are */
 		return SN_BUSY;
 	hold_take(session); /* if it can't be, children that are forked now may lose pages to the parent's exit */
+	error = finish_while_it_runs(session);
+	if (!session->cut)
+		return SN_MOVED;
+	if (error == -EPIPE || error == -ESRCH)
+		return SN_GONE;
 	mover_pause(session);
 	outcome = stop_begin(session->stop, atomic_load(&session->pid), session->agent_tids);
 	if (outcome == SN_MOVED) {

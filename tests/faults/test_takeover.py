@@ -85,6 +85,13 @@ def test_discards_while_a_stop_is_cut(daemon: Daemon, spawn: Spawner) -> None:
     assert hold.ask("sum")["ok"]
 
 
+def test_the_kernels_own_accesses_while_a_stop_is_cut(daemon: Daemon, spawn: Spawner) -> None:
+    # A thread inside such a call can't be stopped before it has its page.
+    hold = spawn("hold", "--mib", 32)
+    _kill_in(daemon, hold, CUT, Busy(hold, ("kernel", 400)))
+    assert hold.ask("sum")["ok"]
+
+
 def _kill_in(daemon: Daemon, hold: Target, phases: tuple[str, ...], busy: Busy) -> None:
     """Kill the daemon in one of these phases, three times."""
     page_map, killer, found = PageMap(hold.pid), Killer(daemon), 0
