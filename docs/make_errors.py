@@ -17,6 +17,8 @@ PAGE = Path(__file__).with_name("errors.md")
 HEAD = f"""\
 # Errors and exit codes
 
+[snapd](../README.md) / [Documents](README.md) / Errors and exit codes
+
 Made from `snapd/errors.py` by `make docs`: change the sentences there.
 
 A command that fails says one sentence on its standard error, as in `snapd: There is no process 7: …`, and exits with

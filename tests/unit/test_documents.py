@@ -46,6 +46,10 @@ if TYPE_CHECKING:
 ROOT: Final = Path(__file__).parents[2]
 DOCUMENTS: Final = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md")])
 README: Final = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS_PAGE: Final = (ROOT / "docs/commands.md").read_text(encoding="utf-8")
+LIMITS: Final = (ROOT / "docs/limits.md").read_text(encoding="utf-8")
+PROGRAMS: Final = (ROOT / "docs/programs.md").read_text(encoding="utf-8")
+GUIDE: Final = f"{README}\n{COMMANDS_PAGE}\n{PROGRAMS}\n{LIMITS}"
 DESIGN: Final = (ROOT / "docs/design.md").read_text(encoding="utf-8")
 PROTOCOL: Final = (ROOT / "docs/protocol.md").read_text(encoding="utf-8")
 WIRE: Final = (ROOT / "snapd/agent/wire.h").read_text(encoding="utf-8")
@@ -73,7 +77,7 @@ RUN_BY: Final = {
         "test_the_c_example",
     ),
 }
-"""Who runs a command line of the README: a file, and what of it does. Lines of snapd are parsed as well."""
+"""Who runs a command line that users read: a file, and what of it does. Lines of snapd are parsed as well."""
 
 ONLY_PARSED: Final = {"daemon", "run", "torture", "doctor", "verify", "inspect"}
 """Commands that the fake backend of the tests has no part in."""
@@ -197,7 +201,7 @@ def test_tables_are_whole_and_prose_is_not_wide(path: Path) -> None:
         assert not wide
 
 
-# README.md
+# README.md and the pages for users
 
 
 def test_readme_opens_with_what_it_is_and_two_commands() -> None:
@@ -207,9 +211,9 @@ def test_readme_opens_with_what_it_is_and_two_commands() -> None:
     assert fence == "```sh\nmake demo\nmake test\n```"
 
 
-def test_every_command_line_of_the_readme_is_run_or_at_least_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_command_line_that_users_read_is_run_or_at_least_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SNAPD_RUNTIME_DIR", "/run/heap-snapd")
-    lines = command_lines(README)
+    lines = command_lines(GUIDE)
     assert not RUN_BY.keys() - set(lines), "nobody needs to run what no document shows"
     for line in lines:
         words = shlex.split(line)
@@ -223,8 +227,8 @@ def test_every_command_line_of_the_readme_is_run_or_at_least_parsed(monkeypatch:
             command_of(words[1]).make_context(words[1], words[2:], parent=parent)
 
 
-def test_commands_of_the_readme_do_what_they_are_shown_for(tmp_path: Path) -> None:
-    lines = [shlex.split(line) for line in command_lines(README)]
+def test_commands_do_what_they_are_shown_for(tmp_path: Path) -> None:
+    lines = [shlex.split(line) for line in command_lines(GUIDE)]
     with Served(tmp_path / "run") as served:
         served.backend.sessions = (SessionInfo(20246, 0, "redis", "attached", 1, 1, 1, 1, 1.0, 1.0, 0, None),)
         for words in lines:
@@ -234,47 +238,47 @@ def test_commands_of_the_readme_do_what_they_are_shown_for(tmp_path: Path) -> No
                 assert done.stdout, words
 
 
-def test_make_has_what_the_readme_says_it_has() -> None:
+def test_make_has_what_the_documents_say_it_has() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z]+):.*## ", makefile, flags=re.MULTILINE))
-    named = {code.split()[1] for code in codes(prose(README)) if re.fullmatch(r"make [a-z]+", code)}
+    named = {code.split()[1] for code in codes(prose(GUIDE)) if re.fullmatch(r"make [a-z]+", code)}
     assert named
     assert named <= targets
 
 
-def test_readme_has_every_command_with_every_option() -> None:
-    commands = section(README, "Commands")
-    table = next(one for one in tables(commands) if one[0][0] == "command")
-    assert [codes(row[0]) for row in table[1:]] == [[f"snapd {name}"] for name in COMMANDS]
+def test_every_command_is_shown_with_every_option() -> None:
+    for page in (section(README, "Commands"), section(COMMANDS_PAGE, "Commands")):
+        table = next(one for one in tables(page) if one[0][0] == "command")
+        assert [codes(row[0]) for row in table[1:]] == [[f"snapd {name}"] for name in COMMANDS]
     for name in COMMANDS:
-        (heading,) = (one for one in re.findall(r"^### (.*)$", commands, re.MULTILINE) if f"snapd {name}" in one)
-        text = section(README, heading)
+        (heading,) = (one for one in re.findall(r"^## (.*)$", COMMANDS_PAGE, re.MULTILINE) if f"snapd {name}" in one)
+        text = section(COMMANDS_PAGE, heading)
         assert not {option for option in options_of(command_of(name)) if option not in text}, name
 
 
-def test_readme_has_every_key_of_the_reports() -> None:
-    dump = [name for row in tables(section(README, "snapd dump"))[0][1:] for name in codes(row[0])]
+def test_every_key_of_the_reports_is_explained() -> None:
+    dump = [name for row in tables(section(COMMANDS_PAGE, "snapd dump"))[0][1:] for name in codes(row[0])]
     assert sorted(dump) == sorted(one.name for one in fields(DumpReport))
-    status = [name for row in tables(section(README, "snapd status"))[0][1:] for name in codes(row[0])]
+    status = [name for row in tables(section(COMMANDS_PAGE, "snapd status"))[0][1:] for name in codes(row[0])]
     assert sorted(status) == sorted(one.name for one in fields(SessionInfo))
-    torture = [name for row in tables(section(README, "snapd torture"))[0][1:] for name in codes(row[0])]
+    torture = [name for row in tables(section(COMMANDS_PAGE, "snapd torture"))[0][1:] for name in codes(row[0])]
     assert sorted(torture) == sorted(one.name for one in fields(TortureReport))
     for text, report in (
         ("snapd status", DaemonInfo),
         ("snapd status", Totals),
         ("snapd restore and snapd detach", RestoreReport),
     ):
-        assert {one.name for one in fields(report)} <= set(codes(prose(section(README, text))))
+        assert {one.name for one in fields(report)} <= set(codes(prose(section(COMMANDS_PAGE, text))))
 
 
-def test_readme_has_every_exit_code() -> None:
-    (table,) = tables(section(README, "Exit codes"))
+def test_every_exit_code_is_listed() -> None:
+    (table,) = tables(section(COMMANDS_PAGE, "Exit codes"))
     told = [pair for row in table[1:] for pair in re.findall(r"(\d+) (\w+)", row[1])]
     assert told == [(str(one.exit_code), name) for name, one in ERRORS.items()]
 
 
-def test_readme_has_every_reason_to_stay() -> None:
-    (table,) = tables(section(README, "What stays in memory"))
+def test_every_reason_to_stay_is_listed() -> None:
+    (table,) = tables(section(LIMITS, "What stays in memory"))
     sources = [(ROOT / f"snapd/daemon/{name}.py").read_text(encoding="utf-8") for name in ("policy", "dump")]
     known = {reason for text in sources for reason in re.findall(r'skipped\["(\w+)"\]', text)}
     known |= set(re.findall(r', "(\w+)"\),$', sources[0], flags=re.MULTILINE)) | set(policy._FLAG_REASONS.values())
@@ -284,12 +288,12 @@ def test_readme_has_every_reason_to_stay() -> None:
     assert {reason for row in table[1:] for reason in codes(row[0])} == known
 
 
-def test_readme_has_every_system_call_of_the_agent() -> None:
+def test_every_system_call_of_the_agent_is_listed() -> None:
     sources = [
         (ROOT / f"snapd/agent/{name}").read_text(encoding="utf-8") for name in ("agent.c", "starter.c", "arch.h")
     ]
     made = {call for text in sources for call in re.findall(r"\b__NR_(\w+)", text)}
-    text = section(README, "What does not work under snapd run")
+    text = section(LIMITS, "What does not work under snapd run")
     (listed,) = re.findall(r"These are: (.*?)\.\s", text, flags=re.DOTALL)
     assert sorted(codes(listed)) == sorted(made)
 
@@ -318,7 +322,7 @@ def run(argv: list[str], tmp_path: Path) -> str:
 
 
 def test_python_examples_work(tmp_path: Path) -> None:
-    examples = [*blocks(README, "python"), *blocks(PROTOCOL, "python")]
+    examples = [*blocks(PROGRAMS, "python"), *blocks(PROTOCOL, "python")]
     assert len(examples) > 3
     with Served(tmp_path / "run"):
         for example in examples:
@@ -326,8 +330,8 @@ def test_python_examples_work(tmp_path: Path) -> None:
 
 
 def test_the_c_example_compiles_as_shown_and_runs(tmp_path: Path) -> None:
-    (source,) = blocks(README, "c")
-    (script,) = (block for block in blocks(README, "sh") if "service.c" in block)
+    (source,) = blocks(PROGRAMS, "c")
+    (script,) = (block for block in blocks(PROGRAMS, "sh") if "service.c" in block)
     (tmp_path / "service.c").write_text(source.replace("/run/heap-snapd", str(tmp_path)))
     compiler = os.environ.get("CC", "cc")
     run(["sh", "-euc", re.sub(r"^cc ", f"{compiler} ", script, flags=re.MULTILINE) + "\n./service"], tmp_path)

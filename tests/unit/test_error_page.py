@@ -1,4 +1,4 @@
-"""docs/errors.md says what snapd/errors.py says, and so does the README's table."""
+"""docs/errors.md says what snapd/errors.py says, and so does the table of the commands' page."""
 
 import re
 import runpy
@@ -33,9 +33,9 @@ def test_the_page_leaves_no_placeholder() -> None:
     assert not re.search(r"\{\w+\}", MAKER["page"]())
 
 
-def test_the_readme_tells_no_other_story() -> None:
-    """The README may leave errors out; those that it has are these."""
-    told = re.findall(r"^\| (\d+) \| (\w+) \| (.*) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+def test_the_commands_page_tells_no_other_story() -> None:
+    """It may leave sentences out; those that it has are these."""
+    told = re.findall(r"^\| (\d+) \| (\w+) \| (.*) \|$", (ROOT / "docs/commands.md").read_text(), re.MULTILINE)
     for code, name, text in told:
         if name in ERRORS:
             assert (int(code), text) == (ERRORS[name].exit_code, MAKER["sentence"](ERRORS[name]))
