@@ -22,6 +22,7 @@ help: ## list the targets
 
 build: .venv/installed ## make .venv with snapd and the test tools; compile what changed
 	@$(BIN)/python hatch_build.py build
+	@$(BIN)/python -m compileall -q snapd # whoever waits for a daemon's start must not wait for that
 
 demo: need-redis build ## show the main job on a Python process and a redis-server, and verify every byte
 	@$(BIN)/python -m tests.demo

@@ -13,15 +13,15 @@ import os
 import socket
 import struct
 from collections import Counter
-from collections.abc import Awaitable, Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Final, Protocol
 
 import trio
 
 from snapd import engine
-from snapd.daemon import procfs
+from snapd.daemon import procfs, rejoin
 from snapd.daemon.repeats import Repeats, suffix
 from snapd.daemon.server import Peer
 from snapd.daemon.session import Session
@@ -127,9 +127,7 @@ async def make_session(sock: AgentSocket, hello: Message, peer: Peer, state_dir:
     with ExitStack() as undo:
         pidfd = sock.pidfd(peer.pid)
         undo.callback(os.close, pidfd)
-        tids = procfs.thread_of(peer.pid, hello.length), procfs.thread_of(peer.pid, hello.dest)
-        if not all(tids):
-            raise TargetGone(peer.pid)  # replaced by exec since, or it names threads that it does not have
+        tids = rejoin.threads(peer.pid, hello)
         uffd = await _make_userfaultfd(sock, undo)
         fork_events = _enable(uffd)
         sentinel = hello.addr
@@ -163,7 +161,7 @@ async def make_session(sock: AgentSocket, hello: Message, peer: Peer, state_dir:
             raise
         undo.pop_all()
         native.note(uid=peer.uid, born=procfs.start_ticks(peer.pid), flags=_flags(fork_events=fork_events))
-        _prefer(tids[1], peer.uid)
+        rejoin.prefer(tids[1], peer.uid)
         return Session(
             native,
             store,
@@ -171,7 +169,7 @@ async def make_session(sock: AgentSocket, hello: Message, peer: Peer, state_dir:
             uid=peer.uid,
             pidfd=pidfd,
             agent_sock=agent_sock,
-            own=_own_ranges(hello),
+            own=own_ranges(hello),
             sentinel=sentinel,
             fork_events=fork_events,
         )
@@ -179,17 +177,6 @@ async def make_session(sock: AgentSocket, hello: Message, peer: Peer, state_dir:
 
 def _flags(*, fork_events: bool) -> int:
     return FLAG_AGENT | (FLAG_FORK_EVENTS if fork_events else 0)
-
-
-def _prefer(mover_tid: int, uid: int) -> None:
-    """The target stands while its mover works: nobody else's thread should run before it.
-
-    Only for whom that is no gain of privilege: which thread it is, is the target's word.
-    """
-    if uid not in (0, os.geteuid()):
-        return
-    with suppress(PermissionError, ProcessLookupError):
-        os.sched_setscheduler(mover_tid, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(1))
 
 
 def _close_quietly(fd: int) -> None:
@@ -201,23 +188,21 @@ async def bind(session: Session, sock: AgentSocket, hello: Message, peer: Peer) 
 
     Raises as `make_session`.
     """
-    tids = procfs.thread_of(peer.pid, hello.length), procfs.thread_of(peer.pid, hello.dest)
-    if not all(tids):
-        raise TargetGone(peer.pid)
+    tids = rejoin.threads(peer.pid, hello)
     pidfd = sock.pidfd(peer.pid)
     try:
         if not hello.flags & HELLO_SESSION:
             with trio.fail_after(HANDSHAKE_S):
                 await _hold(sock, *session.native.descriptors())
-        elif not _is_page_map_of(session, sock.files):
-            raise ProtocolError(f"pid {peer.pid} holds something else than its session")
+        else:
+            rejoin.check_held(session.native, peer.pid, sock.files)
         if session.gone.is_set():
             raise TargetGone(peer.pid)
     except BaseException:
         os.close(pidfd)
         raise
     agent_sock = sock.into_blocking()
-    session.own = _own_ranges(hello)
+    session.own = own_ranges(hello)
     if session.pidfd >= 0:
         os.close(pidfd)  # somebody waits for the one that is there
     else:
@@ -228,7 +213,7 @@ async def bind(session: Session, sock: AgentSocket, hello: Message, peer: Peer) 
     session.native.note(uid=peer.uid, born=procfs.start_ticks(peer.pid), flags=_flags(fork_events=session.fork_events))
     session.native.bind(agent_sock, tids)
     session.listen_to(agent_sock)
-    _prefer(tids[1], peer.uid)
+    rejoin.prefer(tids[1], peer.uid)
 
 
 def check_held(files: list[int]) -> None:
@@ -237,15 +222,8 @@ def check_held(files: list[int]) -> None:
         raise ProtocolError("an agent holds something else than a session")
 
 
-def _is_page_map_of(session: Session, files: list[int]) -> bool:
-    """Whether what an agent holds, read-only copies of store and page map, is what its session has."""
-    store, page_map, _ = session.native.descriptors()
-    return len(files) == 3 and all(
-        os.path.sameopenfile(mine, theirs) for mine, theirs in zip((store, page_map), files[1:], strict=True)
-    )
-
-
-def _own_ranges(hello: Message) -> tuple[Range, ...]:
+def own_ranges(hello: Message) -> tuple[Range, ...]:
+    """Return the memory that is the agent's own, as its greeting has it."""
     return tuple(Range.around(start, length) for start, length in hello.runs if length)
 
 
@@ -323,12 +301,19 @@ class Host(Protocol):
         """Hear why an agent has none; return whether that is news."""
 
 
-async def serve_agents(listener: socket.socket, host: Host) -> None:
-    """Accept until cancelled; each connection's first message goes to the handler of its kind."""
+async def serve_agents(listener: socket.socket, host: Host, accepted: Sequence[socket.socket] = ()) -> None:
+    """Accept until cancelled; each connection's first message goes to the handler of its kind.
+
+    `accepted` are connections that came before.
+    """
     accepting = trio.socket.from_stdlib_socket(listener)
     repeats = Repeats()
     greeting: Counter[int] = Counter()
     async with trio.open_nursery() as nursery:
+        for early in accepted:
+            sock = AgentSocket(trio.socket.from_stdlib_socket(early))
+            greeting[sock.peer().uid] += 1
+            nursery.start_soon(_greet, sock, host, greeting)
         while True:
             try:
                 raw, _ = await accepting.accept()

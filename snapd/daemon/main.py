@@ -18,7 +18,7 @@ import trio
 from snapd.daemon import agents, keep, server
 from snapd.daemon.manager import Manager
 from snapd.daemon.start import ENDING_SIGNALS
-from snapd.daemon.takeover import end_hurry, start_keeper
+from snapd.daemon.takeover import AGENT, CONTROL, LOCK, end_hurry, start_keeper
 from snapd.directories import AGENT_SOCKET, CONTROL_SOCKET, RuntimeLock, make_state_dir
 from snapd.engine import keeper
 from snapd.engine.keeper import Ending, Letter
@@ -31,9 +31,6 @@ if TYPE_CHECKING:
     from snapd.daemon.takeover import Estate
 
 log = logging.getLogger(__name__)
-
-LOCK, CONTROL, AGENT = 1, 2, 3
-"""The numbers of what is handed over besides sessions."""
 
 LONGEST_HURRY_S: Final = 0.5
 KEEPER_DELAYS_S: Final = (0.0, 1.0, 10.0, 60.0)
@@ -79,7 +76,7 @@ async def _main(
         manager.adopt(estate.sessions)
         nursery.start_soon(manager.listen_to_engine)
         nursery.start_soon(manager.watch_users)
-        nursery.start_soon(agents.serve_agents, agent, manager)
+        nursery.start_soon(agents.serve_agents, agent, manager, estate.strangers)
         nursery.start_soon(manager.keep_house)
         if command is not None:
             nursery.start_soon(_watch_keeper, command)

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from snapd.daemon.agents import AgentSocket
+    from snapd.daemon.rejoin import Rejoined
     from snapd.daemon.room import MinFree
     from snapd.daemon.server import Peer, Progress
     from snapd.daemon.takeover import Adopted
@@ -361,6 +362,10 @@ class Manager:
             session.former = (info.store_id, info.number)
             session.expects_agent = bool(info.flags & FLAG_AGENT)
             known[info.number] = session
+            if one.agent:
+                session.own = agents.own_ranges(one.agent.hello)
+                session.listen_to(one.agent.agent_sock)
+                self._nursery.start_soon(self._recover, session, one.agent)
             self._add(session)
             if not pid:
                 self._nursery.start_soon(self._name_child, session)
@@ -370,6 +375,14 @@ class Manager:
         for session in list(self._sessions.values()):
             if session.expects_agent:
                 await session.agent_is_here.wait()
+
+    async def _recover(self, session: Session, agent: Rejoined) -> None:
+        """Go on with a session whose agent came again before we were here."""
+        with contextlib.suppress(TargetGone):
+            async with session.doing(State.RECOVERING):
+                await self._in_thread(session, agent.finishing.join)
+                await self._in_thread(session, session.recover)
+            log.info("pid %d (%s): taken over", session.pid, session.comm())
 
     async def _come_again(self, session: Session | None, sock: AgentSocket, hello: Message, peer: Peer) -> None:
         """The agent of a session of a former daemon has found us."""

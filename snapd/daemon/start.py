@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from snapd.daemon import takeover
+from snapd.daemon import rejoin, takeover
 from snapd.errors import Internal
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def serve(runtime_dir: Path, state_dir: Path, room: MinFree, command: Sequence[s
         estate = takeover.take_over(command, max(2, os.cpu_count() or 1), os.environ)
     except ImportError as error:
         raise Internal(str(error)) from error
+    rejoin.rejoin(estate)
     from snapd.daemon import main
 
     main.serve(runtime_dir, state_dir, room, command, estate)

@@ -22,7 +22,10 @@ from snapd.engine.keeper import DamagedPageMapError, Letter
 from snapd.store.format import HEADER_BYTES, SEGMENT_BYTES, HeaderError, StoreHeader
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+
+    from snapd.daemon.rejoin import Rejoined
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +33,9 @@ FIRST_FD: Final = 3
 FLAG_FORK_EVENTS: Final = 1
 FLAG_AGENT: Final = 2
 """What a page map notes of its session: forks raise events, and it has an agent, which will come again."""
+
+LOCK, CONTROL, AGENT = 1, 2, 3
+"""The numbers of what is handed over besides sessions."""
 
 Name = tuple[Letter, int]
 
@@ -41,15 +47,20 @@ class Adopted:
     native: engine.Session
     info: keeper.PageMapInfo
     store: engine.Store | None = None
+    agent: Rejoined | None = None
 
 
 @dataclass(slots=True)
 class Estate:
-    """What a former daemon has left: sessions, which are served already, and its lock and sockets by number."""
+    """What a former daemon has left: sessions, which are served already, and its lock and sockets by number.
+
+    `strangers` are connections of agents that were accepted and not looked at.
+    """
 
     sessions: list[Adopted] = field(default_factory=list)
     others: dict[int, int] = field(default_factory=dict)
     unserved_s: float | None = None
+    strangers: list[socket.socket] = field(default_factory=list)
 
 
 def inherited(environ: MutableMapping[str, str]) -> dict[Name, int]:

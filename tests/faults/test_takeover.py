@@ -215,7 +215,7 @@ def _targets(spawn: Spawner, seconds: int) -> list[Target]:
     ]  # fmt: skip
 
 
-def _random_kills(daemon: Daemon, spawn: Spawner, figures: Figures, kills: int) -> tuple[Counter[str], float]:
+def _random_kills(daemon: Daemon, spawn: Spawner, figures: Figures, kills: int) -> Counter[str]:
     rng = random.Random(kills)
     targets = _targets(spawn, 60 + 3 * kills)
     killer, done = Killer(daemon), Counter[str]()
@@ -250,7 +250,8 @@ def _random_kills(daemon: Daemon, spawn: Spawner, figures: Figures, kills: int) 
     )  # fmt: skip
     assert done["complete"] > 0
     assert median(waits) < MEDIAN_WAIT_MS
-    return found, max(waits)
+    assert max(waits) < LONGEST_WAIT_MS
+    return found
 
 
 @pytest.mark.timeout(90 + 6 * KILLS)
@@ -261,8 +262,7 @@ def test_random_kills(daemon: Daemon, spawn: Spawner, figures: Figures) -> None:
 @pytest.mark.torture
 @pytest.mark.timeout(3600)
 def test_many_random_kills(daemon: Daemon, spawn: Spawner, figures: Figures) -> None:
-    found, longest_ms = _random_kills(daemon, spawn, figures, TORTURE_KILLS)
-    assert longest_ms < LONGEST_WAIT_MS
+    found = _random_kills(daemon, spawn, figures, TORTURE_KILLS)
     assert {phase for phase in ("move", "pin", "store", "drop", "takeover") if found[phase] < LEAST_OF_A_PHASE} == set()
 
 
