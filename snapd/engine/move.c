@@ -353,19 +353,20 @@ static int install_guards(struct sn_piece *piece, struct sn_piece_report *ret)
 	return error ? error : send_guards(piece, &message);
 }
 
-/* Marks the pages of an aside; those that need no pin pass keep their decision. */
+/* Marks pages of asides; those that need no pin pass keep their decision. Asides of spans that follow each other do so
+ * too: a run may be of several. */
 static void mark(struct sn_piece *piece, uint64_t start, uint64_t bytes, enum decision decision)
 {
 	for (int i = 0; i < piece->nspans; i++) {
 		const struct span *span = &piece->spans[i];
-		uint64_t skip = start - span->aside, end;
+		uint64_t from = max_u64(start, span->aside), to = min_u64(start + bytes, span->aside + span_bytes(span));
 
-		if (!span->aside || start < span->aside || skip >= span_bytes(span))
-			continue;
-		end = min_u64(span->npages, skip / PAGE + bytes / PAGE);
-		for (uint64_t page = span->base + skip / PAGE; page < span->base + end; page++)
-			if (piece->decisions[page] == DIRTY || decision == LEFT_ASIDE)
-				piece->decisions[page] = (uint8_t)decision;
+		for (uint64_t at = from; span->aside && at < to; at += PAGE) {
+			uint8_t *one = &piece->decisions[span->base + (at - span->aside) / PAGE];
+
+			if (*one == DIRTY || decision == LEFT_ASIDE)
+				*one = (uint8_t)decision;
+		}
 	}
 }
 
@@ -473,6 +474,24 @@ static void pin_pass(struct sn_piece *piece)
 	}
 	if (npairs)
 		pin_runs(piece, pairs, npairs);
+}
+
+/* What the pin pass was told is one thing, what is in the aside another: a page that is still there is not in the
+ * staging, and would be dropped with the aside. */
+static void check_moved(struct sn_piece *piece, struct span *span)
+{
+	long n = -ENOMEM;
+
+	for (int tries = 0; n == -ENOMEM && tries < BACK_TRIES; tries++) {
+		if (tries)
+			usleep(1000);
+		n = pagemap_scan(piece->session->pagemap_fd, span->aside, span->aside + span_bytes(span),
+				 SNAPD_PAGE_IS_PRESENT | SNAPD_PAGE_IS_SWAPPED, SNAPD_PAGE_IS_PRESENT, 0, piece->regions,
+				 piece->npages + 1, NULL);
+	}
+	for (long i = 0; i < n; i++)
+		mark(piece, piece->regions[i].start, piece->regions[i].end - piece->regions[i].start, PINNED);
+	span->keep_aside |= n < 0;
 }
 
 /* Whether pages that were in an aside are there still. */
@@ -626,9 +645,12 @@ static int inside_stop(struct sn_piece *piece, struct sn_piece_report *ret)
 	all_seen(piece->session);
 	install_guards(piece, ret);
 	pin_pass(piece);
-	for (int i = 0; i < piece->nspans; i++)
-		if (piece->spans[i].outcome == SN_MOVED)
-			return_pinned(piece, &piece->spans[i], ret);
+	for (int i = 0; i < piece->nspans; i++) {
+		if (piece->spans[i].outcome != SN_MOVED)
+			continue;
+		check_moved(piece, &piece->spans[i]);
+		return_pinned(piece, &piece->spans[i], ret);
+	}
 	settle(piece, ret);
 	return error == -EPIPE ? SN_GONE : SN_MOVED;
 }

@@ -59,3 +59,19 @@ def test_fixed_buffers_of_an_io_uring_are_right_across_a_hundred_dumps(
     figures.note(dumps=len(dumps.reports), **{name: result[name] for name in ("fixed_reads", "fixed_writes")})
     assert result["errors"] == result["interrupted"] == 0
     assert result["fixed_reads"] > DUMPS
+
+
+def test_pages_that_are_pinned_on_both_sides_of_a_border_between_spans_keep_their_bytes(
+    daemon: Daemon, spawn: Spawner
+) -> None:
+    """Mappings that follow each other lie side by side in the asides too, and a run of pinned pages may be of both."""
+    hold = spawn("hold", "--mib", 48)
+    hold.ask("split", 300)
+    before = hold.ask("sum")["sum"]
+    pinned = hold.ask("pin", 2000, 8000)
+    if "skipped" in pinned:
+        lacking(pinned["skipped"])
+    for _ in range(2):
+        assert daemon.dump(hold.pid).pinned_bytes >= 8000 * PAGE
+        assert hold.ask("sum")["sum"] == before
+    hold.quit()

@@ -14,9 +14,12 @@
  *   threads N       starts N more threads, asleep in nanosleep or a futex; "interrupted" counts returns before time
  *   rss, thp        VmRSS and AnonHugePages in bytes
  *   where           address and size of the heap
+ *   split N         makes mappings of N pages each of the heap, by a flag that every second one has
+ *   pin FIRST N     makes N pages a fixed buffer of an io_uring: pinned until the program ends
  *   hide            takes its memory out of its user's reach, as programs with secrets do (PR_SET_DUMPABLE)
  *   quit            as does the end of input */
 #include "content.h"
+#include "ring.h"
 #include <fcntl.h>
 #include <getopt.h>
 #include <linux/futex.h>
@@ -33,6 +36,7 @@
 static struct heap heap;
 static atomic_ulong interrupted;
 static unsigned sleepers;
+static struct ring ring;
 static int pipe_fd[2], socket_fd[2], file_fd;
 
 static size_t random_page(struct rng *rng)
@@ -209,6 +213,28 @@ static void do_threads(uint64_t count)
     reply("\"threads\":%u,\"interrupted\":%lu", sleepers, atomic_load(&interrupted));
 }
 
+static void do_split(uint64_t npages)
+{
+    for (uint64_t at = 0; npages && at + npages <= heap.npages; at += 2 * npages)
+        if (madvise(heap.at + at * PAGE, npages * PAGE, MADV_DONTDUMP) == -1)
+            fail_errno("MADV_DONTDUMP");
+    reply("\"pages\":%lu", npages);
+}
+
+static void do_pin(uint64_t first, uint64_t count)
+{
+    if (count == 0 || first + count > heap.npages) {
+        reply_error("there are no such pages");
+        return;
+    }
+    if (!ring_init(&ring, 1)) {
+        reply("\"skipped\":\"no io_uring: %s\"", strerror(errno));
+        return;
+    }
+    ring_register_buffer(&ring, heap.at + first * PAGE, count * PAGE);
+    reply("\"pages\":%lu", count);
+}
+
 static void reply_kib_field(const char *path, const char *field, const char *key)
 {
     char line[256];
@@ -257,6 +283,10 @@ static void run_command(const struct command *command)
         reply("\"hidden\":true");
     } else if (strcmp(name, "where") == 0) {
         reply("\"address\":%lu,\"bytes\":%lu", (unsigned long)heap.at, heap.npages * PAGE);
+    } else if (strcmp(name, "split") == 0) {
+        do_split(count);
+    } else if (strcmp(name, "pin") == 0) {
+        do_pin(count, seed);
     } else {
         reply_error("unknown command");
     }
