@@ -1,15 +1,51 @@
 """The fixtures that start a daemon and targets; tests/harness.py says what they are."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
+from hypothesis import settings
 
 from tests.harness import Daemon, Spawner
 
+# How long an example takes is decided by who else wants the CPU.
+settings.register_profile("snapd", deadline=None)
+settings.load_profile("snapd")
+
+
+@pytest.fixture(scope="module")
+def module_daemon() -> Iterator[Callable[[], Daemon]]:
+    """Yield what gives the module's daemon: another one where the last has ended or is about to."""
+    current: Daemon | None = None
+
+    def give() -> Daemon:
+        nonlocal current
+        if current is not None and not current.as_new:
+            current.stop()
+            current = None
+        current = current or Daemon()
+        return current
+
+    try:
+        yield give
+    finally:
+        if current is not None:
+            current.stop()
+
 
 @pytest.fixture
-def daemon() -> Iterator[Daemon]:
-    """Yield a running daemon of the test's own; it must end well and have logged no unexpected warning."""
+def daemon(request: pytest.FixtureRequest) -> Iterator[Daemon]:
+    """Yield a running daemon; it must have logged no unexpected warning, and must end well.
+
+    It is the test's own, unless the test is marked `shares_daemon`: starting one takes longer than most tests need it.
+    """
+    if request.node.get_closest_marker("shares_daemon"):
+        one = request.getfixturevalue("module_daemon")()
+        with one.lent() as log:
+            try:
+                yield one
+            finally:
+                print(log())
+        return
     with Daemon() as one:
         try:
             yield one

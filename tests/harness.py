@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -103,6 +103,7 @@ class Daemon:
         self.state_dir = self.directory / "state"
         self.log_path = self.directory / "daemon.log"
         self._allowed: list[re.Pattern[str]] = []
+        self._judged = 0
         self._killed = self._ending = False
         environ = {
             "PYTHONFAULTHANDLER": "1",
@@ -208,11 +209,31 @@ class Daemon:
         """Let lines of any level that match the regular expression be; tracebacks have to be allowed line by line."""
         self._allowed.append(re.compile(pattern))
 
+    @property
+    def as_new(self) -> bool:
+        """Whether it serves, and nobody has told it to end or has killed one of its line."""
+        return not (self._killed or self._ending) and self.process.poll() is None
+
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[Callable[[], str]]:
+        """Judge one borrower at a time: what it allows in the log is allowed to no other, and no session may be left.
+
+        Yields what returns the log since then.
+        """
+        first = len(self.log())
+        yield lambda: self.log()[first:]
+        if not self.as_new:
+            return  # stop() judges it
+        wait_until(lambda: not self.status().sessions, "the end of all sessions", REAP_S)
+        lines, self._judged, self._allowed = self.unexpected_log_lines(), len(self.log()), []
+        if lines:
+            raise HarnessError("the daemon logged:\n" + "\n".join(lines))
+
     def unexpected_log_lines(self) -> list[str]:
         """Return the lines of level WARNING and above that nobody allowed."""
         return [
             line
-            for line in self.log().splitlines()
+            for line in self.log()[self._judged :].splitlines()
             if _ALARMING.search(line) and not any(pattern.search(line) for pattern in self._allowed)
         ]
 

@@ -45,6 +45,7 @@ def hold(daemon: Daemon, spawn: Spawner) -> Target:
     return target
 
 
+@pytest.mark.shares_daemon
 @pytest.mark.parametrize("command", ["dump", "restore", "detach", "status"])
 def test_process_that_does_not_exist(daemon: Daemon, command: str) -> None:
     with subprocess.Popen(["true"]) as process:
@@ -52,6 +53,7 @@ def test_process_that_does_not_exist(daemon: Daemon, command: str) -> None:
     told(daemon.snapd(command, process.pid, check=False), errors.NoSuchProcess, process.pid)
 
 
+@pytest.mark.shares_daemon
 @pytest.mark.parametrize("command", ["dump", "restore", "detach"])
 def test_process_that_does_not_cooperate(daemon: Daemon, command: str) -> None:
     with subprocess.Popen(["sleep", "60"]) as process:
@@ -61,6 +63,7 @@ def test_process_that_does_not_cooperate(daemon: Daemon, command: str) -> None:
             process.kill()
 
 
+@pytest.mark.shares_daemon
 @pytest.mark.parametrize("command", ["dump", "restore", "detach", "status"])
 def test_process_of_somebody_else(hold: Target, daemon: Daemon, command: str) -> None:
     argv = as_user([*SNAPD, "--runtime-dir", str(daemon.runtime_dir), command, str(hold.pid)])
@@ -79,6 +82,7 @@ def test_no_daemon_and_a_daemon_that_died(tmp_path: Path) -> None:
     told(snapd("dump", 1, runtime_dir=tmp_path, check=False), errors.NoDaemon, tmp_path)
 
 
+@pytest.mark.shares_daemon
 def test_second_dump_at_once_is_refused_by_name(daemon: Daemon, spawn: Spawner) -> None:
     hold = spawn("hold", "--mib", 10)
     first = RunningDump(daemon, hold.pid, level=19)  # takes seconds
@@ -166,6 +170,7 @@ def test_store_of_a_target_that_is_killed_is_freed(small: Daemon, spawn_small: S
     assert descriptors_of(small) < descriptors
 
 
+@pytest.mark.shares_daemon
 def test_target_that_is_killed_in_the_middle_of_a_dump(daemon: Daemon, spawn: Spawner) -> None:
     holds = [spawn("hold", "--mib", 128) for _ in range(3)]
     for hold in holds:
@@ -176,6 +181,7 @@ def test_target_that_is_killed_in_the_middle_of_a_dump(daemon: Daemon, spawn: Sp
     wait_until(lambda: stores_of(daemon) == [], "the end of their stores")
 
 
+@pytest.mark.shares_daemon
 def test_target_that_executes_another_program_in_the_middle_of_a_dump(daemon: Daemon, spawn: Spawner) -> None:
     steps = spawn("steps", "--mib", 128)
     for generation in range(1, 4):

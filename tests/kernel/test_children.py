@@ -10,6 +10,8 @@ import pytest
 from tests.harness import Daemon, Spawner, Target, wait_until
 from tests.kernel.driving import MIB, BackToBack, RunningDump, out_bytes
 
+pytestmark = pytest.mark.shares_daemon
+
 HEAP_MIB = 24
 MOMENTS = 16
 

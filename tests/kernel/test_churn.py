@@ -12,7 +12,7 @@ import pytest
 from tests.harness import Daemon, Spawner, rss_bytes
 from tests.kernel.driving import MIB, BackToBack, Figures, out_bytes
 
-SECONDS = int(os.environ.get("SNAPD_TEST_SECONDS", "12"))
+SECONDS = int(os.environ.get("SNAPD_TEST_SECONDS", "8"))
 LIMIT_S = SECONDS + 60
 OUT_SHARE = 0.3
 
@@ -46,36 +46,39 @@ def test_eight_threads_of_churn_find_nothing_wrong(
     assert result["refused_whole"] == 0
 
 
-@pytest.mark.timeout(LIMIT_S + 60)
-def test_whole_mappings_stay_whole_for_the_programs_own_mremap(daemon: Daemon, spawn: Spawner) -> None:
+@pytest.mark.timeout(LIMIT_S + 120)
+@pytest.mark.parametrize("seconds", [SECONDS // 2, pytest.param(30, marks=pytest.mark.torture)])
+def test_whole_mappings_stay_whole_for_the_programs_own_mremap(daemon: Daemon, spawn: Spawner, seconds: int) -> None:
     churn = spawn(
-        "churn", "--mib", 64, "--threads", 4, "--seconds", SECONDS // 2, "--strict-mremap", "--pace", 300,
-        "--only", "rmw=50,hole=20,grow=10,shrink=10,dontunmap=10,dontneed=5,anew=1", deadline_s=LIMIT_S,
+        "churn", "--mib", 64, "--threads", 4, "--seconds", seconds, "--strict-mremap", "--pace", 300,
+        "--only", "rmw=50,hole=20,grow=10,shrink=10,dontunmap=10,dontneed=5,anew=1", deadline_s=seconds + 60,
     )  # fmt: skip
     with BackToBack(daemon, churn.pid):
-        assert churn.result(LIMIT_S)["refused"] == 0
+        assert churn.result(seconds + 60)["refused"] == 0
 
 
-@pytest.mark.timeout(LIMIT_S + 60)
+@pytest.mark.timeout(LIMIT_S + 120)
+@pytest.mark.parametrize("seconds", [SECONDS // 2, pytest.param(60, marks=pytest.mark.torture)])
 def test_busy_threads_that_discard_unmap_and_remap_find_nothing_wrong(
-    daemon: Daemon, spawn: Spawner, figures: Figures
+    daemon: Daemon, spawn: Spawner, figures: Figures, seconds: int
 ) -> None:
     churn = spawn(
-        "churn", "--seconds", SECONDS // 2, "--mib", 64, "--threads", 6, "--seed", 7, "--areas", 8,
+        "churn", "--seconds", seconds, "--mib", 64, "--threads", 6, "--seed", 7, "--areas", 8,
         "--ops", "dontneed=600,free=200,anew=20,over=200,trim=100,grow=100,shrink=50,hole=100,dontunmap=40,fork=8",
-        deadline_s=LIMIT_S,
+        deadline_s=seconds + 60,
     )  # fmt: skip
     with BackToBack(daemon, churn.pid) as dumps:
-        result = churn.result(LIMIT_S)
+        result = churn.result(seconds + 60)
     figures.note(operations=sum(result["ops"].values()), forks=result["forks"], dumps=len(dumps.reports))
     assert result["errors"] == 0
 
 
-@pytest.mark.timeout(LIMIT_S + 60)
-def test_python_with_a_fork_pool_threads_and_mappings_works_on(daemon: Daemon, spawn: Spawner) -> None:
-    pooled = spawn("pooled", "--seconds", SECONDS // 2, "--mib", 48, deadline_s=LIMIT_S)
+@pytest.mark.timeout(LIMIT_S + 120)
+@pytest.mark.parametrize("seconds", [SECONDS // 2, pytest.param(30, marks=pytest.mark.torture)])
+def test_python_with_a_fork_pool_threads_and_mappings_works_on(daemon: Daemon, spawn: Spawner, seconds: int) -> None:
+    pooled = spawn("pooled", "--seconds", seconds, "--mib", 48, deadline_s=seconds + 60)
     with BackToBack(daemon, pooled.pid, pause_s=0.1) as dumps:
-        result = pooled.result(LIMIT_S)
+        result = pooled.result(seconds + 60)
     assert result["errors"] == 0
     assert all(result["done"].values())
     assert dumps.total("moved_bytes") > 48 * MIB

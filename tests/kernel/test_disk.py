@@ -114,24 +114,25 @@ def test_short_writes_are_gone_on_with(bad_disk: BadDisk) -> None:
         hold.quit()
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("mib", [192, pytest.param(512, marks=pytest.mark.torture)])
 def test_a_disk_that_fills_up_in_the_middle_of_a_large_dump(
-    small_disk: Callable[[int], Path], figures: Figures
+    small_disk: Callable[[int], Path], figures: Figures, mib: int
 ) -> None:
-    disk = small_disk(64)
+    disk_mib = mib // 8
+    disk = small_disk(disk_mib)
     with Daemon("--min-free", "0", env={"SNAPD_STATE_DIR": str(disk)}) as daemon, Spawner(daemon) as spawn:
-        hold = spawn("hold", "--mib", 512)
+        hold = spawn("hold", "--mib", mib)
         with pytest.raises(StoreFull):
             daemon.dump(hold.pid)
         figures.note(out_mib=out_bytes(daemon, hold.pid) / MIB, used_mib=used_bytes(disk) / MIB)
-        assert used_bytes(disk) > 56 * MIB, "it was filled"
+        assert used_bytes(disk) > (disk_mib - 8) * MIB, "it was filled"
         verified(hold)
         with pytest.raises(StoreFull):
             daemon.dump(hold.pid)
         verified(hold)
-        subprocess.run(["mount", "-o", "remount,size=400m", str(disk)], check=True, timeout=10)
+        subprocess.run(["mount", "-o", f"remount,size={mib}m", str(disk)], check=True, timeout=10)
         daemon.dump(hold.pid)
-        assert out_bytes(daemon, hold.pid) > 480 * MIB
+        assert out_bytes(daemon, hold.pid) > 15 / 16 * mib * MIB
         verified(hold)
         hold.quit()
 
@@ -155,15 +156,16 @@ def test_a_dump_stops_at_the_floor_and_not_below_it(small_disk: Callable[[int], 
         hold.quit()
 
 
+@pytest.mark.parametrize("dumps", [7, pytest.param(20, marks=pytest.mark.torture)])
 def test_a_store_takes_less_than_twice_what_is_needed_of_it(
-    small_disk: Callable[[int], Path], figures: Figures
+    small_disk: Callable[[int], Path], figures: Figures, dumps: int
 ) -> None:
     disk = small_disk(400)
     with Daemon(env={"SNAPD_STATE_DIR": str(disk)}) as daemon, Spawner(daemon) as spawn:
         hold = spawn("hold", "--mib", 128)
         daemon.dump(hold.pid)
         worst = peak = stored = 0
-        for number in range(12):
+        for number in range(dumps):
             hold.ask("write", 9000, number)
             with Sampler(used=lambda: used_bytes(disk)) as samples:
                 daemon.dump(hold.pid)

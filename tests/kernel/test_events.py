@@ -12,6 +12,8 @@ from snapd.errors import SnapdError
 from tests.harness import Daemon, Spawner, Target
 from tests.kernel.driving import MIB, BackToBack, RunningDump, out_bytes
 
+pytestmark = pytest.mark.shares_daemon
+
 HEAP_MIB = 48
 HEAP_PAGES = HEAP_MIB * 256
 
@@ -224,7 +226,7 @@ STEPS: dict[str, Callable[[random.Random], tuple[int, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.torture) for seed in range(2, 8))])
 def test_any_order_of_steps_under_back_to_back_dumps_is_right(daemon: Daemon, spawn: Spawner, seed: int) -> None:
     rng = random.Random(seed)
     steps = spawn("steps", "--mib", HEAP_MIB, "--seed", seed)

@@ -34,6 +34,7 @@ def paced(seconds: float) -> Iterator[int]:
         time.sleep(0.05)
 
 
+@pytest.mark.shares_daemon
 def test_random_touches_are_answered(daemon: Daemon, spawn: Spawner, figures: Figures) -> None:
     hold = spawn("hold", "--mib", 128)
     dumped(daemon, hold)
@@ -43,6 +44,7 @@ def test_random_touches_are_answered(daemon: Daemon, spawn: Spawner, figures: Fi
     hold.quit()
 
 
+@pytest.mark.shares_daemon
 def test_kernel_meets_missing_pages_in_read_write_and_sendmsg(daemon: Daemon, spawn: Spawner) -> None:
     hold = spawn("hold", "--mib", 64)
     for seed in range(3):
@@ -53,6 +55,7 @@ def test_kernel_meets_missing_pages_in_read_write_and_sendmsg(daemon: Daemon, sp
     hold.quit()
 
 
+@pytest.mark.shares_daemon
 def test_kernel_reads_and_writes_under_back_to_back_dumps(daemon: Daemon, spawn: Spawner) -> None:
     hold = spawn("hold", "--mib", 64)
     with BackToBack(daemon, hold.pid) as dumps:
@@ -62,6 +65,7 @@ def test_kernel_reads_and_writes_under_back_to_back_dumps(daemon: Daemon, spawn:
     hold.quit()
 
 
+@pytest.mark.shares_daemon
 @pytest.mark.parametrize("how", ["read", "write"])
 def test_sixteen_threads_on_one_page_get_it_once_and_right(daemon: Daemon, spawn: Spawner, how: str) -> None:
     same_page = spawn("same_page", "--mib", 32, "--threads", 16)
@@ -74,6 +78,7 @@ def test_sixteen_threads_on_one_page_get_it_once_and_right(daemon: Daemon, spawn
     same_page.quit()
 
 
+@pytest.mark.shares_daemon
 def test_discarded_page_that_others_are_reading_stays_discarded(daemon: Daemon, spawn: Spawner) -> None:
     same_page = spawn("same_page", "--mib", 16, "--threads", 6)
     for seed in range(6):
@@ -83,6 +88,7 @@ def test_discarded_page_that_others_are_reading_stays_discarded(daemon: Daemon, 
     same_page.quit()
 
 
+@pytest.mark.shares_daemon
 def test_huge_pages_go_out_and_come_back(daemon: Daemon, spawn: Spawner) -> None:
     hold = spawn("hold", "--mib", 64, "--thp")
     for seed in range(3):

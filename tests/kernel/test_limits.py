@@ -17,6 +17,8 @@ import pytest
 from tests.harness import Daemon, Spawner, Target, wait_until
 from tests.kernel.driving import MIB, BackToBack, out_bytes
 
+pytestmark = pytest.mark.shares_daemon
+
 HEAP_MIB = 48
 CGROUPS = Path("/sys/fs/cgroup/memory")
 PAGE = 4096

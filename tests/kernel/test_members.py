@@ -52,6 +52,7 @@ def mappings(target: Target) -> int:
     return len(Path(f"/proc/{target.pid}/maps").read_text().splitlines())
 
 
+@pytest.mark.shares_daemon
 def test_program_that_was_detached_or_left_comes_back_as_often_as_it_likes(member: Target, daemon: Daemon) -> None:
     before = mappings(member)
     for round_ in range(6):
@@ -74,6 +75,7 @@ def test_program_that_was_detached_or_left_comes_back_as_often_as_it_likes(membe
     member.quit()
 
 
+@pytest.mark.shares_daemon
 def test_pages_that_a_living_child_shares_are_left_alone_in_every_dump(daemon: Daemon, spawn: Spawner) -> None:
     member = spawn("member", "--mib", 64)
     member.ask("beside", 1)
@@ -96,6 +98,7 @@ def test_pages_that_a_living_child_shares_are_left_alone_in_every_dump(daemon: D
     member.quit()
 
 
+@pytest.mark.shares_daemon
 def test_program_that_gives_up_its_user_has_all_back_and_no_thread_of_the_old_one(
     member: Target, daemon: Daemon
 ) -> None:
@@ -111,6 +114,7 @@ def test_program_that_gives_up_its_user_has_all_back_and_no_thread_of_the_old_on
     member.quit()
 
 
+@pytest.mark.shares_daemon
 def test_filter_on_all_threads_is_seen_before_the_agent_is_asked_for_anything(daemon: Daemon, spawn: Spawner) -> None:
     member = spawn("member")
     member.ask("filter", 1)
@@ -121,6 +125,7 @@ def test_filter_on_all_threads_is_seen_before_the_agent_is_asked_for_anything(da
     member.quit()
 
 
+@pytest.mark.shares_daemon
 def test_program_that_forbids_calls_while_its_heap_is_out_is_served_restored_and_let_go(
     member: Target, daemon: Daemon
 ) -> None:
@@ -148,6 +153,7 @@ def test_end_of_the_daemon_does_not_kill_a_filtered_program(daemon: Daemon, spaw
     member.quit()
 
 
+@pytest.mark.shares_daemon
 @pytest.mark.parametrize("delay_s", [0.0, 0.02, 0.1])
 def test_filter_in_the_middle_of_a_dump_ends_it_by_name(daemon: Daemon, spawn: Spawner, delay_s: float) -> None:
     daemon.allow("stays aside")
@@ -162,6 +168,7 @@ def test_filter_in_the_middle_of_a_dump_ends_it_by_name(daemon: Daemon, spawn: S
     member.quit()
 
 
+@pytest.mark.shares_daemon
 def test_filter_on_one_thread_does_not_concern_the_agent(member: Target, daemon: Daemon) -> None:
     member.ask("filter", 0)
     member.ask("sum")

@@ -11,6 +11,8 @@ from tests.harness import Daemon, Spawner
 from tests.kernel.driving import MIB, PAGE, BackToBack, Figures, present
 from tests.peers import lacking
 
+pytestmark = pytest.mark.shares_daemon
+
 FIXED_PAGES = 8
 DUMPS = 100
 

@@ -8,11 +8,13 @@ from snapd.errors import NotStopping
 from tests.harness import Daemon, Spawner
 from tests.kernel.driving import BackToBack, Figures
 
+pytestmark = pytest.mark.shares_daemon
+
 PAGES = 32 * 256
 ROUND = 8192
 
 
-@pytest.mark.parametrize("discards", [30_000, pytest.param(1_000_000, marks=pytest.mark.torture)])
+@pytest.mark.parametrize("discards", [15_000, pytest.param(1_000_000, marks=pytest.mark.torture)])
 @pytest.mark.timeout(900)
 def test_discards_that_race_fills_leave_no_old_byte(
     daemon: Daemon, spawn: Spawner, figures: Figures, discards: int

@@ -5,6 +5,8 @@ import pytest
 from tests.harness import Daemon, Spawner, Target, wait_until
 from tests.kernel.driving import MIB, PAGE, present
 
+pytestmark = pytest.mark.shares_daemon
+
 
 @pytest.fixture
 def robust(daemon: Daemon, spawn: Spawner) -> Target:

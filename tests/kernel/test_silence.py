@@ -1,14 +1,16 @@
 """Targets whose agent does not answer, because something keeps it from running or because it never meant to.
 
-The operation ends in time and by name, no byte is lost, nobody else waits, and the daemon ends.
+The operation ends in time and by name, no byte is lost, nobody else waits, and the daemon ends. Nearly all of it is
+waiting, so all of them wait at the same time, each under a daemon of its own.
 """
 
 import contextlib
 import signal
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Final
 
@@ -48,11 +50,41 @@ def sullen(spawn: Spawner, daemon: Daemon, kind: Kind, when: str, how: str) -> T
     return target
 
 
-@pytest.fixture
-def alone() -> Iterator[Spawner]:
-    """Yield what starts programs that bring an agent of their own; they are ended after the daemon."""
-    with Spawner() as spawner:
-        yield spawner
+Scenario = Callable[..., None]
+"""May ask for `daemon`, for `spawn`, and for `alone`, which starts programs that bring an agent of their own."""
+
+SCENARIOS: Final[dict[str, Scenario]] = {}
+
+
+def run(scenario: Scenario) -> None:
+    """Run one to its end; programs with an agent of their own are ended after the daemon."""
+    with Spawner() as alone, Daemon() as daemon, Spawner(daemon) as spawn:
+        given = {"daemon": daemon, "spawn": spawn, "alone": alone}
+        try:
+            scenario(**{name: given[name] for name in signature(scenario).parameters})
+        except BaseException as error:
+            error.add_note(daemon.log())
+            raise
+
+
+@pytest.fixture(scope="module")
+def running(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[None]]]:
+    """Yield the scenarios of the tests that were chosen, begun all at once."""
+    chosen = {item.name for item in request.session.items} & SCENARIOS.keys()
+    with ThreadPoolExecutor(max(1, len(chosen))) as pool:
+        yield {name: pool.submit(run, SCENARIOS[name]) for name in sorted(chosen)}
+
+
+def waits_with_the_others(scenario: Scenario) -> Callable[[dict[str, Future[None]]], None]:
+    """Make a scenario a test."""
+    name = scenario.__name__
+    SCENARIOS[name] = scenario
+
+    def test(running: dict[str, Future[None]]) -> None:
+        running[name].result()
+
+    test.__name__ = name
+    return test
 
 
 def failure(daemon: Daemon, pid: int) -> tuple[SnapdError | None, float]:
@@ -66,6 +98,7 @@ def failure(daemon: Daemon, pid: int) -> tuple[SnapdError | None, float]:
     return error, time.monotonic() - began
 
 
+@waits_with_the_others
 def test_agents_that_fall_silent_cost_their_own_program_no_byte_and_nobody_else_anything(
     alone: Spawner, daemon: Daemon, spawn: Spawner
 ) -> None:
@@ -91,6 +124,7 @@ def test_agents_that_fall_silent_cost_their_own_program_no_byte_and_nobody_else_
         target.quit()
 
 
+@waits_with_the_others
 def test_command_that_is_carried_out_late_does_no_harm(alone: Spawner, daemon: Daemon) -> None:
     daemon.allow("stays aside|was not told")
     kinds = (Kind.STAGE, Kind.UNMAP, Kind.MOVE)
@@ -111,6 +145,7 @@ def test_command_that_is_carried_out_late_does_no_harm(alone: Spawner, daemon: D
         target.quit()
 
 
+@waits_with_the_others
 def test_agent_that_stops_its_program_in_a_stop_keeps_the_daemon_from_nothing(alone: Spawner, daemon: Daemon) -> None:
     daemon.allow("stays aside|was not told")
     targets = [sullen(alone, daemon, kind, "after", "stop") for kind in (Kind.MOVE, Kind.PIN)]
@@ -146,6 +181,7 @@ def stopped(target: Target) -> Iterator[None]:
         target.signal(signal.SIGCONT)
 
 
+@waits_with_the_others
 def test_program_that_is_stopped_in_a_dump_ends_it_by_name_and_is_dumped_when_it_goes_on(
     daemon: Daemon, spawn: Spawner
 ) -> None:
@@ -172,6 +208,7 @@ def is_back(pid: int) -> bool:
     return rss_bytes(pid) > HEAP_MIB * MIB
 
 
+@waits_with_the_others
 def test_daemon_gives_everybody_back_and_ends_though_one_program_is_stopped(daemon: Daemon, spawn: Spawner) -> None:
     daemon.allow("was not told|stays aside|could not be moved")
     others = [spawn("hold", "--mib", HEAP_MIB) for _ in range(3)]
@@ -216,6 +253,7 @@ def frozen(target: Target) -> Iterator[None]:
         group.rmdir()
 
 
+@waits_with_the_others
 def test_frozen_program_is_refused_restored_and_given_back(daemon: Daemon, spawn: Spawner) -> None:
     daemon.allow("was not told|stays aside|could not be moved")
     hold = spawn("hold", "--mib", HEAP_MIB)

@@ -22,14 +22,19 @@ from tests.harness import Daemon, Spawner, Target, wait_until
 from tests.kernel.driving import MIB, BackToBack, Figures
 from tests.peers import require
 
+pytestmark = pytest.mark.shares_daemon
+
 BOUNDED = {"epoll_wait_timeout", "recv_rcvtimeo", "semtimedop", "sigtimedwait"}
 """Calls with a time-out that the kernel answers with EINTR after any stop: restarted, they would wait anew."""
 
 
-def test_blocking_calls_and_signals_notice_nothing(daemon: Daemon, spawn: Spawner, figures: Figures) -> None:
-    calls = spawn("calls", "--seconds", 10, "--mib", 48)
+@pytest.mark.parametrize("seconds", [6, pytest.param(60, marks=pytest.mark.torture)])
+def test_blocking_calls_and_signals_notice_nothing(
+    daemon: Daemon, spawn: Spawner, figures: Figures, seconds: int
+) -> None:
+    calls = spawn("calls", "--seconds", seconds, "--mib", 48)
     with BackToBack(daemon, calls.pid, pause_s=0.005) as dumps:
-        result = calls.result()
+        result = calls.result(90)
     figures.note_stops(dumps.reports)
     figures.note(signals=result["signals"]["received"], **{f"eintr_{k}": v["eintr"] for k, v in interrupted(result)})
     assert result["errors"] == 0, result["first"]
@@ -48,24 +53,25 @@ def interrupted(result: dict[str, dict[str, dict[str, int]]]) -> list[tuple[str,
 def test_thread_that_does_not_stand_puts_pieces_off_and_nothing_is_lost(
     daemon: Daemon, spawn: Spawner, figures: Figures
 ) -> None:
-    calls = spawn("calls", "--seconds", 5, "--mib", 32, "--only", "vfork,epoll_wait,read")
+    calls = spawn("calls", "--seconds", 3, "--mib", 32, "--only", "vfork,epoll_wait,read")
     daemon.allow("could not be moved")
     with BackToBack(daemon, calls.pid, ignore=(NotStopping, SharedMemory, TargetStopped)) as dumps:
-        result = calls.result()
+        result = calls.result(90)
     figures.note_stops(dumps.reports)
     assert result["errors"] == result["eintr"] == 0, result["first"]
 
 
+@pytest.mark.parametrize("count", [80, pytest.param(1000, marks=pytest.mark.torture)])
 def test_program_that_executes_itself_in_the_middle_of_stops_goes_on(
-    daemon: Daemon, spawn: Spawner, figures: Figures
+    daemon: Daemon, spawn: Spawner, figures: Figures, count: int
 ) -> None:
-    execs = spawn("execs", "--count", 200)
+    execs = spawn("execs", "--count", count)
     between = (TargetGone, NotCooperating, NotStopping, NoSuchProcess, SessionBusy)
     with BackToBack(daemon, execs.pid, ignore=between) as dumps:
         result = execs.result(95)
     figures.note_stops(dumps.reports)
     figures.note(execs=result["execs"], in_a_stop=result["traced"])
-    assert result["execs"] == 200
+    assert result["execs"] == count
     assert result["traced"] > 5
 
 

@@ -5,6 +5,8 @@ import pytest
 from tests.harness import Daemon, Spawner, Target
 from tests.kernel.driving import MIB, BackToBack, Figures
 
+pytestmark = pytest.mark.shares_daemon
+
 
 @pytest.fixture
 def joins(daemon: Daemon, spawn: Spawner) -> Target:

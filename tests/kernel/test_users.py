@@ -34,6 +34,7 @@ def start(daemon: Daemon, spawn_alone: Spawner, name: str, *args: str) -> Target
     return target
 
 
+@pytest.mark.shares_daemon
 def test_users_program_is_dumped_and_served_by_roots_daemon(daemon: Daemon, spawn_alone: Spawner) -> None:
     hold = start(daemon, spawn_alone, "hold", "--mib", str(HEAP_MIB))
     for seed in range(2):
@@ -47,6 +48,7 @@ def test_users_program_is_dumped_and_served_by_roots_daemon(daemon: Daemon, spaw
     hold.quit()
 
 
+@pytest.mark.shares_daemon
 def test_users_python_is_dumped_and_served_by_roots_daemon(daemon: Daemon, spawn_alone: Spawner) -> None:
     argv = ["/usr/bin/env", "python3", str(TARGETS / "objects.py"), "--mib", "24"]
     target = spawn_alone.program(run_as_user(daemon.runtime_dir, argv))

@@ -7,6 +7,8 @@ import pytest
 from tests.harness import Daemon, Spawner, Target
 from tests.kernel.driving import MIB, BackToBack, present
 
+pytestmark = pytest.mark.shares_daemon
+
 REASONS = {
     "locked": "locked",
     "on_fault": "locked",

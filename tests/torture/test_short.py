@@ -1,4 +1,4 @@
-"""A minute of torture: programs that verify their own memory run as they do alone while random parts of it go out.
+"""Half a minute of torture: programs that verify their own memory run as they do alone while random parts of it go out.
 
 The long set is `make torture`.
 """
@@ -13,7 +13,7 @@ from tests.peers import require
 from tests.torture.conftest import Torture
 from tests.torture.redis_set import redis_under_torture
 
-SECONDS = 8
+SECONDS = 6
 
 
 @pytest.fixture
