@@ -184,9 +184,17 @@ class Manager:
         session = await self._reached(peer, pid)
         async with self._operation(session, State.RESTORING):
             try:
-                return await self._in_thread(session, partial(session.restore, self._from_thread(progress)))
+                report = await self._in_thread(session, partial(session.restore, self._from_thread(progress)))
             finally:
                 await self._trim(session)
+        self._nursery.start_soon(self._make_huge, session)
+        return report
+
+    async def _make_huge(self, session: Session) -> None:
+        """After a restore, which does not take longer for it."""
+        async with session.operation:
+            if session.state is not State.GONE:
+                await self._in_thread(session, session.make_huge)
 
     async def _trim(self, session: Session) -> None:
         """Give the file system back what of a store nobody needs any more.
@@ -231,6 +239,7 @@ class Manager:
     async def _detach(self, session: Session) -> None:
         async with session.doing(State.DETACHING):
             await self._in_thread(session, partial(session.restore, lambda _: None))
+            await self._in_thread(session, session.make_huge)
             await self._in_thread(session, session.leave_agent)
             session.gone.set()
 

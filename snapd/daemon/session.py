@@ -236,6 +236,15 @@ class Session:
         self.drop_stuck()
         return RestoreReport(pid=self.pid, restored_bytes=pages * PAGE, duration_s=time.monotonic() - began)
 
+    def make_huge(self) -> None:
+        """Make huge pages again of what was huge before it was dumped; for a worker thread, after a restore."""
+        try:
+            size = self.native.collapse()
+        except OSError as error:  # the program is faster with them, and right without
+            log.debug("pid %d: no huge pages: %s", self.pid, error.strerror)
+        else:
+            log.debug("pid %d: %d MiB are huge pages again", self.pid, size >> 20)
+
     def _restore_unnamed(self) -> int:
         try:
             return self.native.restore(*_EVERYWHERE)
@@ -427,7 +436,16 @@ def pagemap(pid: int) -> Iterator[int]:
 
 
 def _slices(regions: list[engine.Region], size: int = 64 << 20) -> Iterator[tuple[int, int]]:
+    """Yield intervals that hold all regions, `size` bytes of them at most in each."""
+    first, at, left = -1, 0, size
     for region in regions:
-        end = region.start + region.npages * PAGE
-        for at in range(region.start, end, size):
-            yield at, min(at + size, end)
+        at, end = region.start, region.start + region.npages * PAGE
+        while at < end:
+            first = at if first < 0 else first
+            step = min(end - at, left)
+            at, left = at + step, left - step
+            if not left:
+                yield first, at
+                first, left = -1, size
+    if first >= 0:
+        yield first, at

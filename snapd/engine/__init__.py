@@ -489,6 +489,15 @@ class Session:
         check(lib.sn_restore(self.handle, start, end, pages))
         return int(pages[0])
 
+    def collapse(self) -> int:
+        """Make huge pages of what was huge before a dump, where all of it is back; returns how many bytes.
+
+        OSError ESRCH: gone.
+        """
+        size = ffi.new("uint64_t *")
+        check(lib.sn_session_collapse(self.handle, size))
+        return int(size[0])
+
     def release(self, start: int, end: int) -> None:
         """Stop watching whole mappings; OSError EBUSY while a page of them is out."""
         check(lib.sn_release(self.handle, start, end))

@@ -176,6 +176,10 @@ int sn_restore(struct sn_session *session, uint64_t start, uint64_t end, uint64_
 /* Stops watching a whole mapping in which nothing is out. -EBUSY while something is. */
 int sn_release(struct sn_session *session, uint64_t start, uint64_t end);
 
+/* Makes huge pages again of what stops saw as such, where all of it is back and not watched. -ESRCH: the target is
+ * gone. */
+int sn_session_collapse(struct sn_session *session, uint64_t *ret_bytes);
+
 /* One command to the agent; for what needs no engine state. message is a struct snapd_wire of 1024 bytes, in and
  * out. */
 int sn_agent_call(struct sn_session *session, void *message);

@@ -6,12 +6,14 @@
 #include "internal.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
 #define READ_BYTES (1UL << 20)
 #define BUFFER_BYTES (RUN_PAGES * PAGE + READ_BYTES)
+#define AHEAD_BYTES (4UL << 20)
 #define MAX_TRIES 20000
 #define RETRY_US 100
 
@@ -77,6 +79,15 @@ bool bulk_next(struct sn_session *session, uint64_t *at, uint64_t end, struct ru
 	return ret->n > 0;
 }
 
+/* The disk works ahead of a reader that goes through the file: once for each few segments. */
+static void read_ahead(struct bulk *bulk, uint64_t offset)
+{
+	if (offset + AHEAD_BYTES / 2 < bulk->ahead && offset + 2 * AHEAD_BYTES > bulk->ahead)
+		return;
+	posix_fadvise(bulk->session->store->fd, (off_t)offset, AHEAD_BYTES, POSIX_FADV_WILLNEED);
+	bulk->ahead = offset + AHEAD_BYTES;
+}
+
 /* Reads and decodes; frames that follow each other in the file come by one read. Returns how many pages are good. */
 uint64_t bulk_decode(struct bulk *bulk, const struct run *run, bool nowait)
 {
@@ -91,6 +102,8 @@ uint64_t bulk_decode(struct bulk *bulk, const struct run *run, bool nowait)
 		       bytes + ENTRY_BYTES(run->entries[n]) <= READ_BYTES)
 			bytes += ENTRY_BYTES(run->entries[n++]);
 		iov.iov_len = bytes;
+		if (!nowait)
+			read_ahead(bulk, offset);
 		do {
 			got = preadv2(bulk->session->store->fd, &iov, 1, (off_t)offset, nowait ? RWF_NOWAIT : 0);
 		} while (got < 0 && errno == EINTR);

@@ -17,8 +17,6 @@
 #define TROUBLE_NS 50000000ULL
 #define CUT_NS 1000000ULL /* the agent has to come again first */
 
-static const unsigned char zero_page[PAGE] __attribute__((aligned(4096)));
-
 struct place {
 	bool known, recorded, not_now;
 	uint64_t index, entry, aside, reused;
@@ -154,12 +152,14 @@ static enum fill_result poison(struct sn_session *session, const struct place *p
 	return result_of(session, address, result);
 }
 
-static enum fill_result fill_zero(struct sn_session *session, const struct place *place, uint64_t address, bool write)
+static enum fill_result fill_zero(struct sn_session *session, const struct place *place, const struct fault *fault,
+				  bool write)
 {
+	uint64_t address = fault->address;
 	enum uffd_result result;
 
 	/* A zero page mapped for a read is nearly free; a write to it would pay a second fault. */
-	result = write ? uffd_copy(session->uffd, address, zero_page, PAGE, 0, NULL)
+	result = write ? fresh_fill(session, address, fault->unasked)
 		       : uffd_zero(session->uffd, address, PAGE);
 	if (result == UFFD_DONE) {
 		COUNT(session, filled_zero);
@@ -189,7 +189,7 @@ static enum fill_result no_page(struct sn_session *session, const struct place *
 	if (error == FRAME_NO_MEMORY)
 		return FILL_NO_MEMORY;
 	if (error == FRAME_LOST_ASIDE && place->aside && memory_is_freed(session, place->aside))
-		return fill_zero(session, place, fault->address, true);
+		return fill_zero(session, place, fault, true);
 	/* A disk may be away for a moment, or swap, or memory for what is in it. */
 	if ((error == FRAME_NOT_READ || error == FRAME_LOST_ASIDE) && fault->troubles < MAX_TROUBLES) {
 		fault->troubles++;
@@ -238,7 +238,7 @@ static enum fill_result put_page(struct sn_session *session, struct filler *fill
 		 * raises no event (a guard, installed and removed), and such pages read as zeros. Where it is present
 		 * after all (a second message of one fault), the answer is EEXIST and a wake-up. */
 		filler->unknown = !place->recorded;
-		return fill_zero(session, place, fault->address, fault->write || state == ST_FILLED);
+		return fill_zero(session, place, fault, fault->write || state == ST_FILLED);
 	}
 }
 

@@ -233,6 +233,15 @@ struct filler { /* one thread's means of filling */
 
 struct stop;
 struct robust;
+struct huge;
+
+#define FRESH_STREAMS 8
+struct fresh { /* where the program is likely to use new memory next, and how much at once */
+	struct {
+		uint64_t expected, npages;
+	} streams[FRESH_STREAMS];
+	unsigned int next_victim;
+};
 
 #define MAX_THREADS (int)(sizeof(((struct sn_survey_report *)0)->threads) / sizeof(struct sn_thread))
 #define MAX_KEPT (int)(sizeof(((struct sn_survey_report *)0)->kept) / sizeof(uint64_t))
@@ -263,8 +272,9 @@ struct sn_session {
 	struct page_map pm;
 
 	pthread_mutex_t mover;
-	struct stop *stop; /* made when first used, and robust too; for whoever holds mover */
+	struct stop *stop; /* made when first used, and the next two; for whoever holds mover */
 	struct robust *robust;
+	struct huge *huge;
 	uint32_t mover_seq;
 	int status_fd;    /* the mover's /proc status, or -1 */
 	bool mover_owes;  /* a command was given up on: until its reply is here there is no next one */
@@ -286,6 +296,9 @@ struct sn_session {
 	struct fault queue[MAX_FAULTS];
 	int nqueue, nidle;
 
+	pthread_mutex_t fresh_lock;
+	struct fresh fresh;
+
 	atomic_int fork_copies; /* children that still read our staging */
 	struct sn_piece *inflight[MAX_INFLIGHT];
 	struct hold *_Atomic hold; /* for whoever works on pieces: while one is in flight */
@@ -293,6 +306,9 @@ struct sn_session {
 };
 
 #define COUNT(session, field) __atomic_fetch_add(&(session)->stats.field, 1, __ATOMIC_RELAXED)
+
+/* engine.c */
+int cpus(void); /* that this process may use */
 
 /* session.c */
 uint64_t now_ns(void);
@@ -387,6 +403,14 @@ void fill_count(struct sn_session *session, uint64_t since_ns);
 int fill_queue(struct sn_session *session, struct fault fault);
 void *filler_main(void *session);
 
+/* fresh.c: for whoever holds the lock, shared. alone: the page and nothing behind it. */
+enum uffd_result fresh_fill(struct sn_session *session, uint64_t address, bool alone);
+
+/* huge.c: for whoever holds session->mover */
+struct huge *huge_create(void);
+void huge_destroy(struct huge *huge);
+void huge_note(struct huge *huge, uint64_t start, uint64_t end); /* in a stop */
+
 /* bulk.c */
 #define RUN_PAGES 128
 struct run { /* pages in a row and the entries they had when they were looked up */
@@ -399,7 +423,7 @@ struct bulk {
 	struct frame_opener *opener;
 	unsigned char *pages, *frames;
 	bool keep_frames;
-	uint64_t filled;
+	uint64_t filled, ahead; /* ahead: the disk was told to read up to there */
 };
 int bulk_init(struct bulk *bulk, struct sn_session *session, bool keep_frames);
 void bulk_deinit(struct bulk *bulk);

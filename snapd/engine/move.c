@@ -296,6 +296,8 @@ static int look(struct sn_piece *piece, struct span *span, struct sn_piece_repor
 		const struct snapd_page_region *region = &piece->regions[i];
 		uint64_t from = (region->start - span->aside) / PAGE, to = (region->end - span->aside) / PAGE;
 
+		if (region->categories & SNAPD_PAGE_IS_HUGE)
+			huge_note(piece->session->huge, span->start + from * PAGE, span->start + to * PAGE);
 		for (uint64_t page = span->base + from; page < span->base + to; page++) {
 			enum decision decision = DIRTY;
 			enum state state = ENTRY_STATE(entries[entry_of(piece, page, &segment)]);

@@ -1,16 +1,27 @@
-/* Restore: every page of an interval comes back now; and the release of mappings in which nothing is out.
+/* Restore: every page of an interval comes back now, on all CPUs; and the release of mappings in which nothing is out.
  *
  * Knows order and outcomes; the runs are bulk.c's, single pages fill.c's.
  */
 #include "internal.h"
 
 #include <errno.h>
+#include <pthread.h>
 #include <unistd.h>
 
 #define MAX_TRIES 20000
 #define RETRY_US 100
+#define MAX_WORKERS 16
+#define PASSES 8
 
-struct work {
+/* One restore: its workers take runs in order, from one place. */
+struct restore {
+	struct sn_session *session;
+	pthread_mutex_t lock; /* all that follows */
+	uint64_t at, end, filled;
+	bool any; /* something was out that can come back */
+	int error;
+};
+struct work { /* of one worker */
 	struct sn_session *session;
 	struct filler filler;
 	struct bulk bulk;
@@ -64,36 +75,99 @@ static int restore_run(struct work *work, const struct run *run)
 	return bulk_copy(&work->bulk, run, good);
 }
 
-int sn_restore(struct sn_session *session, uint64_t start, uint64_t end, uint64_t *ret_pages)
+static int work_init(struct work *work, struct sn_session *session)
 {
-	struct work work = {.session = session};
-	int error = filler_init(&work.filler);
+	int error;
 
-	*ret_pages = 0;
+	*work = (struct work){.session = session};
+	error = filler_init(&work->filler);
 	if (error)
 		return error;
-	error = bulk_init(&work.bulk, session, false);
-	if (error) {
-		filler_deinit(&work.filler);
-		return error;
-	}
-	/* What a pass leaves behind (an entry that changed under it) the next one takes. */
-	for (int pass = 0; pass < 8 && !error; pass++) {
-		struct run run;
-		uint64_t at = start;
-		bool any = false;
+	error = bulk_init(&work->bulk, session, false);
+	if (error)
+		filler_deinit(&work->filler);
+	return error;
+}
 
-		while (!error && bulk_next(session, &at, end, &run)) {
-			error = restore_run(&work, &run);
-			any |= ENTRY_STATE(run.entries[0]) != ST_BAD;
-		}
-		if (!any)
+static void work_deinit(struct work *work)
+{
+	bulk_deinit(&work->bulk);
+	filler_deinit(&work->filler);
+}
+
+static bool take_run(struct restore *restore, struct run *run)
+{
+	bool found;
+
+	pthread_mutex_lock(&restore->lock);
+	found = !restore->error && bulk_next(restore->session, &restore->at, restore->end, run);
+	restore->any |= found && ENTRY_STATE(run->entries[0]) != ST_BAD;
+	pthread_mutex_unlock(&restore->lock);
+	return found;
+}
+
+/* Any of them alone does all of it, so one that has no memory is no error while another works. */
+static void *restore_main(void *arg)
+{
+	struct restore *restore = arg;
+	struct work work;
+	struct run run;
+	int error;
+
+	if (work_init(&work, restore->session))
+		return restore;
+	while (take_run(restore, &run)) {
+		error = restore_run(&work, &run);
+		pthread_mutex_lock(&restore->lock);
+		if (error && !restore->error)
+			restore->error = error;
+		pthread_mutex_unlock(&restore->lock);
+	}
+	pthread_mutex_lock(&restore->lock);
+	restore->filled += work.filled + work.bulk.filled;
+	pthread_mutex_unlock(&restore->lock);
+	work_deinit(&work);
+	return NULL;
+}
+
+/* One pass by this thread and helpers. */
+static void run_pass(struct restore *restore, int nhelpers)
+{
+	pthread_t helpers[MAX_WORKERS];
+	pthread_attr_t attributes;
+	int started = 0;
+
+	pthread_attr_init(&attributes);
+	pthread_attr_setstacksize(&attributes, 128 << 10);
+	while (started < nhelpers && !pthread_create(&helpers[started], &attributes, restore_main, restore))
+		started++;
+	pthread_attr_destroy(&attributes);
+	if (restore_main(restore)) {
+		pthread_mutex_lock(&restore->lock);
+		if (!restore->error)
+			restore->error = -ENOMEM;
+		pthread_mutex_unlock(&restore->lock);
+	}
+	for (int i = 0; i < started; i++)
+		pthread_join(helpers[i], NULL);
+}
+
+int sn_restore(struct sn_session *session, uint64_t start, uint64_t end, uint64_t *ret_pages)
+{
+	struct restore restore = {.session = session, .lock = PTHREAD_MUTEX_INITIALIZER, .end = end};
+	int nhelpers = (int)min_u64((uint64_t)cpus(), min_u64(MAX_WORKERS, (end - start) / (RUN_PAGES * PAGE))) - 1;
+
+	/* What a pass leaves behind (an entry that changed under it) the next one takes: little, so alone. */
+	for (int pass = 0; pass < PASSES && !restore.error; pass++) {
+		restore.at = start;
+		restore.any = false;
+		run_pass(&restore, pass ? 0 : nhelpers);
+		if (!restore.any)
 			break;
 	}
-	*ret_pages = work.filled + work.bulk.filled;
-	bulk_deinit(&work.bulk);
-	filler_deinit(&work.filler);
-	return error;
+	pthread_mutex_destroy(&restore.lock);
+	*ret_pages = restore.filled;
+	return restore.error;
 }
 
 int sn_release(struct sn_session *session, uint64_t start, uint64_t end)

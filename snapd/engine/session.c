@@ -82,6 +82,7 @@ struct sn_session *session_new(const struct sn_target *target, struct sn_store *
 	memcpy(session->pm.header->store_id, store->id, sizeof(store->id));
 	pthread_mutex_init(&session->mover, NULL);
 	pthread_mutex_init(&session->queue_lock, NULL);
+	pthread_mutex_init(&session->fresh_lock, NULL);
 	pthread_cond_init(&session->queue_ready, NULL);
 	/* The reader must not starve behind a stream of fills. */
 	pthread_rwlockattr_init(&attributes);
@@ -97,7 +98,9 @@ struct stop *session_stop(struct sn_session *session)
 		session->stop = stop_create();
 	if (!session->robust)
 		session->robust = robust_create();
-	return session->robust ? session->stop : NULL;
+	if (!session->huge)
+		session->huge = huge_create();
+	return session->robust && session->huge ? session->stop : NULL;
 }
 
 int session_start(struct sn_session *session)
@@ -142,10 +145,12 @@ void session_forget(struct sn_session *session)
 	free(session->scratch);
 	stop_destroy(session->stop);
 	robust_destroy(session->robust);
+	huge_destroy(session->huge);
 	pm_close(&session->pm);
 	sn_store_release(session->store);
 	pthread_mutex_destroy(&session->mover);
 	pthread_mutex_destroy(&session->queue_lock);
+	pthread_mutex_destroy(&session->fresh_lock);
 	pthread_cond_destroy(&session->queue_ready);
 	pthread_rwlock_destroy(&session->lock);
 	free(session);

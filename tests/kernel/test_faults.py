@@ -91,11 +91,13 @@ def test_discarded_page_that_others_are_reading_stays_discarded(daemon: Daemon, 
 @pytest.mark.shares_daemon
 def test_huge_pages_go_out_and_come_back(daemon: Daemon, spawn: Spawner) -> None:
     hold = spawn("hold", "--mib", 64, "--thp")
+    before = hold.ask("thp")["anon_huge_bytes"]
     for seed in range(3):
         daemon.dump(hold.pid)
         hold.ask("write", 3000, seed)
     hold.ask("sum")
     daemon.restore(hold.pid)
+    wait_until(lambda: hold.ask("thp")["anon_huge_bytes"] >= 0.9 * before, "huge pages", 10)
     hold.ask("sum")
     hold.quit()
 

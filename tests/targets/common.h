@@ -126,7 +126,7 @@ __attribute__((format(printf, 1, 2))) static inline void reply_error(const char 
 struct command {
     char line[256];
     char name[32];
-    uint64_t argument[2]; /* 0 where the command gave none */
+    uint64_t argument[3]; /* 0 where the command gave none */
 };
 
 /* One command of a command loop: "name [number [number]]". False at the end of input. */

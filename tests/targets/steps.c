@@ -13,6 +13,8 @@
  *   hole FIRST N     munmap of pages, then a fresh mapping in the hole; over FIRST N: MAP_FIXED over them
  *   guard N SEED     discards N random pages and installs guards there; unguard removes all, fresh pages come back;
  *                    fence N SEED: guards straight over N random pages, of which nothing is heard
+ *   sweep FIRST N EVERY   discards pages, puts guards on each EVERYth of them (none for 0), of which nothing is heard,
+ *                    and writes the others in order, as a program that allocates: each was zero
  *   protect ON       makes the lower half PROT_READ, and verifies that a write there raises SIGSEGV; or undoes it
  *   brk MIB          verified memory at the program break; rebrk gives it back and takes it again, as zeros
  *   grandchild       verifies in a child and in its child; rawfork: in a child made without libc's fork handlers,
@@ -248,6 +250,31 @@ static void do_guard(uint64_t count, struct rng *rng, bool discard)
     reply_look("guards");
 }
 
+static void do_sweep(size_t first, size_t npages, size_t every)
+{
+    if (first + npages > heap.npages)
+        fail("pages %zu to %zu are not in the heap", first, first + npages);
+    if (madvise(page_at(first), npages * PAGE, MADV_DONTNEED) == -1)
+        fail_errno("madvise");
+    fresh(first, npages);
+    for (size_t page = first + every - 1; every && page < first + npages; page += every) {
+        if (madvise(page_at(page), PAGE, GUARD_INSTALL) == -1) {
+            reply("\"unsupported\":true");
+            return;
+        }
+        guarded[page] = true;
+    }
+    for (size_t page = first; page < first + npages; page++) {
+        if (guarded[page])
+            continue;
+        uint64_t old = __atomic_fetch_add((uint64_t *)page_at(page), 1, __ATOMIC_RELAXED);
+        if (old)
+            fail("MISMATCH in a sweep, page %zu: expected zeros found %016lx", page, old);
+        heap_renew_page(&heap, page);
+    }
+    reply_look("a sweep");
+}
+
 static void do_unguard(void)
 {
     for (size_t page = 0; page < heap.npages; page++)
@@ -456,6 +483,8 @@ static void run_command(const struct command *command)
         do_replace(*name == 'h', first, second);
     else if (strcmp(name, "guard") == 0 || strcmp(name, "fence") == 0)
         do_guard(first, &rng, strcmp(name, "guard") == 0);
+    else if (strcmp(name, "sweep") == 0)
+        do_sweep(first, second, command->argument[2]);
     else if (strcmp(name, "unguard") == 0)
         do_unguard();
     else if (strcmp(name, "protect") == 0)
