@@ -13,6 +13,7 @@
 
 #define MAX_TROUBLES 10
 #define LATER_NS 30000ULL
+#define LATEST_NS 2000000ULL
 #define MEMORY_NS 10000000ULL
 #define TROUBLE_NS 50000000ULL
 #define CUT_NS 1000000ULL /* the agent has to come again first */
@@ -275,11 +276,15 @@ enum fill_result fill_page(struct sn_session *session, struct filler *filler, st
 	return FILL_LATER;
 }
 
-uint64_t fill_delay_ns(const struct sn_session *session, enum fill_result result)
+/* What has waited for long is tried less often: these threads run at real-time priority, and hundreds of faults (each
+ * signal to a thread that waits is one more) would keep the CPUs from the very thread that they wait for. */
+uint64_t fill_delay_ns(const struct sn_session *session, uint64_t since_ns, enum fill_result result)
 {
 	if (result == FILL_NO_MEMORY || result == FILL_TROUBLE)
 		return result == FILL_NO_MEMORY ? MEMORY_NS : TROUBLE_NS;
-	return session->cut ? CUT_NS : LATER_NS;
+	if (session->cut)
+		return CUT_NS;
+	return min_u64(LATEST_NS, LATER_NS + (now_ns() - since_ns) / 4);
 }
 
 void fill_count(struct sn_session *session, uint64_t since_ns)
@@ -333,12 +338,10 @@ static bool take(struct sn_session *session, struct fault *ret)
 			session->queue[first] = session->queue[--session->nqueue];
 			found = true;
 		} else if (first >= 0) {
-			uint64_t left_us = (session->queue[first].due_ns - now) / 1000 + 1;
-			useconds_t wait_us = (useconds_t)min_u64(left_us, 10000);
+			uint64_t due = session->queue[first].due_ns;
+			struct timespec until = {(time_t)(due / 1000000000ULL), (long)(due % 1000000000ULL)};
 
-			pthread_mutex_unlock(&session->queue_lock);
-			usleep(wait_us);
-			pthread_mutex_lock(&session->queue_lock);
+			pthread_cond_timedwait(&session->queue_ready, &session->queue_lock, &until);
 		} else {
 			pthread_cond_wait(&session->queue_ready, &session->queue_lock);
 		}
@@ -368,7 +371,7 @@ void *filler_main(void *arg)
 			session_gone(session);
 		} else {
 			COUNT(session, retries);
-			fault.due_ns = now_ns() + fill_delay_ns(session, result);
+			fault.due_ns = now_ns() + fill_delay_ns(session, fault.since_ns, result);
 			if (fill_queue(session, fault))
 				uffd_wake(session->uffd, fault.address, PAGE);
 		}

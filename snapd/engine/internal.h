@@ -398,7 +398,8 @@ enum fill_result { FILL_DONE, FILL_LATER, FILL_NO_MEMORY, FILL_TROUBLE, FILL_WOU
 int filler_init(struct filler *filler);
 void filler_deinit(struct filler *filler);
 enum fill_result fill_page(struct sn_session *session, struct filler *filler, struct fault *fault, bool nowait);
-uint64_t fill_delay_ns(const struct sn_session *session, enum fill_result result); /* until it is worth another try */
+/* Until it is worth another try to answer what is asked for since then. */
+uint64_t fill_delay_ns(const struct sn_session *session, uint64_t since_ns, enum fill_result result);
 void fill_count(struct sn_session *session, uint64_t since_ns);
 int fill_queue(struct sn_session *session, struct fault fault);
 void *filler_main(void *session);

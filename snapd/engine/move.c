@@ -361,7 +361,8 @@ static void mark(struct sn_piece *piece, uint64_t start, uint64_t bytes, enum de
 {
 	for (int i = 0; i < piece->nspans; i++) {
 		const struct span *span = &piece->spans[i];
-		uint64_t from = max_u64(start, span->aside), to = min_u64(start + bytes, span->aside + span_bytes(span));
+		uint64_t from = max_u64(start, span->aside);
+		uint64_t to = min_u64(start + bytes, span->aside + span_bytes(span));
 
 		for (uint64_t at = from; span->aside && at < to; at += PAGE) {
 			uint8_t *one = &piece->decisions[span->base + (at - span->aside) / PAGE];
@@ -488,8 +489,8 @@ static void check_moved(struct sn_piece *piece, struct span *span)
 		if (tries)
 			usleep(1000);
 		n = pagemap_scan(piece->session->pagemap_fd, span->aside, span->aside + span_bytes(span),
-				 SNAPD_PAGE_IS_PRESENT | SNAPD_PAGE_IS_SWAPPED, SNAPD_PAGE_IS_PRESENT, 0, piece->regions,
-				 piece->npages + 1, NULL);
+				 SNAPD_PAGE_IS_PRESENT | SNAPD_PAGE_IS_SWAPPED, SNAPD_PAGE_IS_PRESENT, 0,
+				 piece->regions, piece->npages + 1, NULL);
 	}
 	for (long i = 0; i < n; i++)
 		mark(piece, piece->regions[i].start, piece->regions[i].end - piece->regions[i].start, PINNED);

@@ -180,7 +180,7 @@ static uint64_t serve(struct sn_session *session, struct filler *filler, struct 
 				continue;
 			}
 			COUNT(session, retries);
-			fault.due_ns = now_ns() + fill_delay_ns(session, result);
+			fault.due_ns = now_ns() + fill_delay_ns(session, fault.since_ns, result);
 		}
 		if (!next || fault.due_ns < next)
 			next = fault.due_ns;

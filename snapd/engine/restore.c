@@ -45,7 +45,7 @@ static int fill_single(struct work *work, uint64_t address)
 		case FILL_NO_MEMORY:
 			return -ENOMEM;
 		case FILL_TROUBLE:
-			usleep((useconds_t)(fill_delay_ns(work->session, result) / 1000));
+			usleep((useconds_t)(fill_delay_ns(work->session, now_ns(), result) / 1000));
 			break;
 		default:
 			usleep(RETRY_US);

@@ -42,6 +42,7 @@ struct sn_session *session_new(const struct sn_target *target, struct sn_store *
 {
 	struct sn_session *session = calloc(1, sizeof(*session));
 	pthread_rwlockattr_t attributes;
+	pthread_condattr_t monotonic;
 
 	*ret_error = -ENOMEM;
 	if (!session)
@@ -83,7 +84,10 @@ struct sn_session *session_new(const struct sn_target *target, struct sn_store *
 	pthread_mutex_init(&session->mover, NULL);
 	pthread_mutex_init(&session->queue_lock, NULL);
 	pthread_mutex_init(&session->fresh_lock, NULL);
-	pthread_cond_init(&session->queue_ready, NULL);
+	pthread_condattr_init(&monotonic);
+	pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+	pthread_cond_init(&session->queue_ready, &monotonic);
+	pthread_condattr_destroy(&monotonic);
 	/* The reader must not starve behind a stream of fills. */
 	pthread_rwlockattr_init(&attributes);
 	pthread_rwlockattr_setkind_np(&attributes, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
