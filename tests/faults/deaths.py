@@ -212,12 +212,16 @@ def start_by_hand(daemon: Daemon) -> subprocess.Popen[bytes]:
 
 
 def found_phases(log: str) -> Counter[str]:
-    """Return how many daemons found what on its way, by the lines of their log."""
+    """Return how many daemons found what on its way, by the lines of their log; "rest": nothing, of any session."""
     found: Counter[str] = Counter()
+    of_one: set[str] = set()
     for line in log.splitlines():
         if "on its way: " in line:
-            found.update(set(re.findall(r"\b(move|pin|store|drop|cut) \d", line)))
-            found["events"] += " 0 events" not in line
+            of_one.update(re.findall(r"\b(move|pin|store|drop|cut) \d", line))
+            of_one.update(() if " 0 events" in line else ("events",))
+        elif "took over " in line:
+            found.update(of_one or {"rest"})
+            of_one = set()
     return found
 
 

@@ -1,6 +1,6 @@
 """A daemon may be killed at any instruction: its keeper takes over, every byte is there, and nobody waits long.
 
-SNAPD_TEST_KILLS makes the random test longer; the torture-marked one has 300.
+SNAPD_TEST_KILLS makes the random test longer; the torture-marked one has 300, or SNAPD_TEST_TORTURE_KILLS.
 """
 
 import contextlib
@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import subprocess
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -34,11 +35,14 @@ from tests.harness import Daemon, HarnessError, Spawner, Target, wait_until
 from tests.kernel.driving import MIB, Figures, out_bytes
 
 KILLS = int(os.environ.get("SNAPD_TEST_KILLS", "15"))
-TORTURE_KILLS = 300
+TORTURE_KILLS = int(os.environ.get("SNAPD_TEST_TORTURE_KILLS", "300"))
+TORTURE_BREATH_S = 4.5
+TAKEOVER_S = 0.15
+SHORT_STOP_S, LONG_STOP_S = 3.0, 30.0
 TOGETHER = 50
 LONGEST_WAIT_MS = 1000.0
 MEDIAN_WAIT_MS = 200.0
-LEAST_OF_A_PHASE = 10
+LEAST_OF_A_PHASE = 10 * TORTURE_KILLS // 300
 
 
 def test_a_killed_daemon_is_succeeded_and_nothing_is_lost(daemon: Daemon, spawn: Spawner) -> None:
@@ -182,6 +186,33 @@ def test_an_agent_says_when_its_daemon_is_gone_for_good(daemon: Daemon, spawn: S
         successor.wait(30)
 
 
+def test_targets_of_a_stopped_daemon_wait_and_go_on(daemon: Daemon, spawn: Spawner) -> None:
+    _stopped(daemon, spawn, SHORT_STOP_S)
+
+
+@pytest.mark.torture
+def test_targets_of_a_daemon_that_is_stopped_for_long_wait_and_go_on(daemon: Daemon, spawn: Spawner) -> None:
+    _stopped(daemon, spawn, LONG_STOP_S)
+
+
+def _stopped(daemon: Daemon, spawn: Spawner, seconds: float) -> None:
+    """Stop the daemon by a signal: a thread that touches what is out waits for all of it, and has the right bytes."""
+    hold = spawn("hold", "--mib", 16)
+    pid = daemon.pid
+    daemon.dump(hold.pid)
+    os.kill(pid, signal.SIGSTOP)
+    threading.Timer(seconds, os.kill, (pid, signal.SIGCONT)).start()
+    began = time.monotonic()
+    reply = hold.ask("touch", 50, 1)
+    waited_s = time.monotonic() - began
+    assert reply["ok"]
+    assert waited_s > seconds - 1
+    assert hold.ask("sum")["ok"]
+    assert daemon.status().daemon.pid == pid  # nobody took it for dead
+    daemon.dump(hold.pid)
+    assert hold.ask("sum")["ok"]
+
+
 @contextlib.contextmanager
 def _ended_together(daemon: Daemon, times: int) -> Iterator[list[int]]:
     """Kill daemon and keeper so many times, and start another one by hand each time; yields the instants."""
@@ -215,20 +246,27 @@ def _targets(spawn: Spawner, seconds: int) -> list[Target]:
     ]  # fmt: skip
 
 
-def _random_kills(daemon: Daemon, spawn: Spawner, figures: Figures, kills: int) -> Counter[str]:
+def _random_kills(
+    daemon: Daemon, spawn: Spawner, figures: Figures, kills: int, breath_s: float = 0
+) -> tuple[Counter[str], Counter[str]]:
+    """Return what the deaths found, and how the dumps ended."""
     rng = random.Random(kills)
-    targets = _targets(spawn, 60 + 3 * kills)
+    targets = _targets(spawn, 60 + 8 * kills)
     killer, done = Killer(daemon), Counter[str]()
     page_maps = [PageMap(target.pid) for target in targets]
     with contextlib.ExitStack() as dumps:
         for target in targets:
             dumps.enter_context(Dumping(daemon, target, done))
         for number in range(kills):
-            pause(rng, number, daemon.wait_for_successor)
+            if breath_s and number % 8 == 5:  # the successor dies while it takes over
+                time.sleep(rng.uniform(0, TAKEOVER_S))
+            else:
+                pause(rng, number, daemon.wait_for_successor)
+                time.sleep(rng.uniform(0, breath_s))
             if number % 4 == 3:  # a stop is a hundredth of the time: a random instant seldom finds one
                 daemon.wait_for_successor()
                 with contextlib.suppress(HarnessError):
-                    rng.choice(page_maps).wait_for(CUT, 5)
+                    rng.choice(page_maps).wait_for(CUT[: 1 + number // 4 % 2], 5)
             killer.kill()
             for target in targets:
                 assert target.process.poll() is None, f"a target died at kill {number}"
@@ -251,7 +289,7 @@ def _random_kills(daemon: Daemon, spawn: Spawner, figures: Figures, kills: int) 
     assert done["complete"] > 0
     assert median(waits) < MEDIAN_WAIT_MS
     assert max(waits) < LONGEST_WAIT_MS
-    return found
+    return found, done
 
 
 @pytest.mark.timeout(90 + 6 * KILLS)
@@ -262,8 +300,10 @@ def test_random_kills(daemon: Daemon, spawn: Spawner, figures: Figures) -> None:
 @pytest.mark.torture
 @pytest.mark.timeout(3600)
 def test_many_random_kills(daemon: Daemon, spawn: Spawner, figures: Figures) -> None:
-    found = _random_kills(daemon, spawn, figures, TORTURE_KILLS)
-    assert {phase for phase in ("move", "pin", "store", "drop", "takeover") if found[phase] < LEAST_OF_A_PHASE} == set()
+    found, done = _random_kills(daemon, spawn, figures, TORTURE_KILLS, TORTURE_BREATH_S)
+    wanted = ("move", "pin", "store", "drop", "takeover")
+    assert {phase for phase in wanted if found[phase] < LEAST_OF_A_PHASE} == set()
+    assert 2 * done["complete"] >= done.total()
 
 
 @pytest.mark.torture
