@@ -2,7 +2,8 @@
 
 Owns the compiler flags, what a machine must have to build, and when a file is compiled again; knows nothing of what
 the C does. Run as a script it needs no hatchling: `check` looks at the machine, `build` compiles, `syntax` only asks
-the compiler for its opinion. CC and SNAPD_CFLAGS are honoured; -fsanitize flags do not reach the freestanding agent.
+the compiler for its opinion, `faults` compiles the tests' own engine, which has fault points. CC and SNAPD_CFLAGS are
+honoured; -fsanitize flags do not reach the freestanding agent.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ BUILD = Path("build/native")
 ENGINE = Path("snapd/engine")
 AGENT = Path("snapd/agent")
 AGENT_LIBRARY = AGENT / "libsnapd-agent.so"
+FAULTS = Path("build/faults")
+FAULT_POINTS = Path("tests/faults/faultpoint.c")
 
 MODULE = "snapd.engine._engine"
 GLUE = BUILD / "_engine.c"
@@ -115,34 +118,42 @@ def write_glue() -> None:
         ffi.emit_c_code(str(ROOT / GLUE))
 
 
-def plan(*, syntax_only: bool = False) -> tuple[list[Step], list[Step]]:
-    """Steps that compile, and steps that link what those made; `syntax_only`: no generated C, nothing to link."""
+def plan(*, syntax_only: bool = False, faults: bool = False) -> tuple[list[Step], list[Step]]:
+    """Steps that compile, and steps that link what those made; `syntax_only`: no generated C, nothing to link.
+
+    `faults`: the engine alone, with fault points, in a place of its own.
+    """
     compiler = find_compiler()
     headers = sorted(path.relative_to(ROOT) for path in (ROOT / "snapd").rglob("*.h"))
     extra = shlex.split(os.environ.get("SNAPD_CFLAGS", ""))
     agent_extra = [flag for flag in extra if not flag.startswith("-fsanitize")]
-    engine_flags = {source: [*ENGINE_FLAGS, *WARNINGS, *extra] for source in sources_of(ENGINE)}
-    engine_flags[KEEPER] = [*ENGINE_FLAGS, *FREESTANDING, *WARNINGS, *agent_extra]
+    flags = [*ENGINE_FLAGS, "-DSN_FAULT_POINTS"] if faults else ENGINE_FLAGS
+    sources = [*sources_of(ENGINE), FAULT_POINTS] if faults else sources_of(ENGINE)
+    engine_flags = {source: [*flags, *WARNINGS, *extra] for source in sources}
+    engine_flags[KEEPER] = [*flags, *FREESTANDING, *WARNINGS, *agent_extra]
+    objects = FAULTS / "native" if faults else BUILD
 
     def compile_step(source: Path, flags: list[str]) -> Step:
-        output = (source if source == GLUE else BUILD / source).with_suffix(".o")
+        output = (objects / (GLUE.name if source == GLUE else source)).with_suffix(".o")
         tail = ["-fsyntax-only"] if syntax_only else ["-c", "-o", str(output)]
         return Step([*compiler, *flags, str(source), *tail], output, [source, *headers])
 
     def link_step(steps: list[Step], output: Path, flags: list[str]) -> Step:
-        objects = [step.output for step in steps]
-        return Step([*compiler, *flags, *map(str, objects), "-o", str(output)], output, objects)
+        made = [step.output for step in steps]
+        return Step([*compiler, *flags, *map(str, made), "-o", str(output)], output, made)
 
     agent = [compile_step(source, [*AGENT_FLAGS, *WARNINGS, *agent_extra]) for source in sources_of(AGENT)]
     engine = [compile_step(source, flags) for source, flags in engine_flags.items()]
+    if faults:
+        agent = []
     if syntax_only:
         return agent + engine, []
     write_glue()
     engine.append(compile_step(GLUE, [*ENGINE_FLAGS, f"-I{find_python_headers()}", *GLUE_WARNINGS, *extra]))
-    links = [
-        link_step(agent, AGENT_LIBRARY, [*AGENT_LINK, *agent_extra]),
-        link_step(engine, module_path(), [*ENGINE_LINK, *extra]),
-    ]
+    module = FAULTS / module_path().name if faults else module_path()
+    links = [link_step(engine, module, [*ENGINE_LINK, *extra])]
+    if not faults:
+        links.append(link_step(agent, AGENT_LIBRARY, [*AGENT_LINK, *agent_extra]))
     return agent + engine, links
 
 
@@ -207,22 +218,29 @@ def check() -> None:
     find_python_headers()
 
 
-def build() -> list[Path]:
-    """Compile and link what is not fresh; the paths of both libraries, relative to ROOT."""
+def build(*, faults: bool = False) -> list[Path]:
+    """Compile and link what is not fresh; the paths of what was linked, relative to ROOT."""
     check()
     (ROOT / BUILD).mkdir(parents=True, exist_ok=True)
     # Two builds in one tree (an editable install and `make`) take turns.
     with (ROOT / BUILD / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        for steps in plan():
+        compiles, links = plan(faults=faults)
+        for steps in (compiles, links):
             finish(make, steps)
-    return [AGENT_LIBRARY, module_path()]
+    return [step.output for step in links]
+
+
+def build_faults() -> None:
+    """Compile the engine that the tests of deaths load."""
+    build(faults=True)
 
 
 def syntax() -> None:
     """Show every C file to the compiler and make nothing."""
     check()
-    finish(lambda step: run(step.command), plan(syntax_only=True)[0])
+    for faults in (False, True) if (ROOT / FAULT_POINTS).exists() else (False,):
+        finish(lambda step: run(step.command), plan(syntax_only=True, faults=faults)[0])
 
 
 def get_build_hook() -> type[BuildHookInterface[Any]]:
@@ -241,7 +259,12 @@ def get_build_hook() -> type[BuildHookInterface[Any]]:
 
 
 if __name__ == "__main__":
-    actions = {"check": check, "build": build, "syntax": syntax}
+    actions: dict[str, Callable[[], object]] = {
+        "check": check,
+        "build": build,
+        "syntax": syntax,
+        "faults": build_faults,
+    }
     if len(sys.argv) != 2 or sys.argv[1] not in actions:
         sys.exit(f"usage: hatch_build.py {'|'.join(actions)}")
     actions[sys.argv[1]]()

@@ -162,6 +162,7 @@ struct sn_session *sn_session_adopt(const struct sn_target *target, struct sn_st
 	session->adopted = true;
 	session->forked = true;
 	*ret_error = session_hand_over(session);
+	FAULT_POINT(FP_ADOPTED);
 	return session;
 }
 
@@ -179,6 +180,7 @@ int sn_session_resume(struct sn_session *session)
 	adopt_forks(session);
 	recover_begin(session);
 	error = session_start(session);
+	FAULT_POINT(FP_RESUMED);
 	/* What is aside waits until it is open: when the process is known, or its agent comes again. */
 	if (!error && atomic_load(&session->pid))
 		memory_open(session);

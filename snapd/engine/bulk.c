@@ -96,6 +96,7 @@ uint64_t bulk_decode(struct bulk *bulk, const struct run *run, bool nowait)
 	while (done < run->n) {
 		uint64_t offset = ENTRY_OFFSET(run->entries[done]), bytes = 0, n = done, used = 0;
 		struct iovec iov = {bulk->frames, 0};
+		int fault = FAULT_ERROR(FP_BULK_READ);
 		ssize_t got;
 
 		while (n < run->n && ENTRY_OFFSET(run->entries[n]) == offset + bytes &&
@@ -107,7 +108,7 @@ uint64_t bulk_decode(struct bulk *bulk, const struct run *run, bool nowait)
 		do {
 			got = preadv2(bulk->session->store->fd, &iov, 1, (off_t)offset, nowait ? RWF_NOWAIT : 0);
 		} while (got < 0 && errno == EINTR);
-		if (got != (ssize_t)bytes)
+		if (fault || got != (ssize_t)bytes)
 			return done;
 		for (; done < n; done++) {
 			uint64_t length = ENTRY_BYTES(run->entries[done]);
@@ -169,6 +170,7 @@ int bulk_copy(struct bulk *bulk, const struct run *run, uint64_t good)
 		if (same) {
 			result = uffd_copy(session->uffd, address, bulk->pages + from * PAGE, (good - from) * PAGE,
 					   bulk->keep_frames ? SNAPD_UFFDIO_COPY_MODE_WP : 0, &done);
+			FAULT_POINT(FP_RESTORED);
 			came_in(bulk, run, from, done / PAGE);
 			if (!done && result == UFFD_EXISTS) { /* what is there is newer */
 				uffd_wake(session->uffd, address, PAGE);

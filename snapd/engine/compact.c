@@ -143,6 +143,7 @@ static int move_batch(struct work *work, uint64_t first, uint64_t last, uint64_t
 			at += ENTRY_BYTES(work->refs[i].entry);
 		}
 	error = store_write(work->store, work->frames, used, offset);
+	FAULT_POINT(FP_COMPACT_WRITTEN);
 	at = 0;
 	for (uint64_t i = first; i < last && !error; i++) {
 		struct sn_session *session = work->refs[i].session;
@@ -150,6 +151,7 @@ static int move_batch(struct work *work, uint64_t first, uint64_t last, uint64_t
 		if (i > first && work->refs[i].entry >> 18 != work->refs[i - 1].entry >> 18)
 			at += ENTRY_BYTES(work->refs[i - 1].entry);
 		pthread_rwlock_wrlock(&session->lock);
+		FAULT_POINT(FP_COMPACT_PUBLISHING);
 		publish(work, &work->refs[i], offset + at);
 		pthread_rwlock_unlock(&session->lock);
 	}

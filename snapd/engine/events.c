@@ -153,10 +153,12 @@ static void apply(struct events *events, const struct snapd_uffd_msg *message)
 	switch (message->event) {
 	case SNAPD_UFFD_EVENT_FORK:
 		COUNT(session, forks);
+		FAULT_POINT(FP_FORK_READ);
 		error = session_fork(session, current(events), (int)message->arg.fork.ufd);
 		if (error)
 			notify(&(struct sn_notice){.kind = SN_NOTICE_TROUBLE, .session = session->id, .cause = -error,
 						   .value = message->arg.fork.ufd});
+		FAULT_POINT(FP_FORK_SERVED);
 		break;
 	case SNAPD_UFFD_EVENT_REMOVE:
 		COUNT(session, removes);
@@ -164,8 +166,10 @@ static void apply(struct events *events, const struct snapd_uffd_msg *message)
 		break;
 	case SNAPD_UFFD_EVENT_REMAP:
 		if (session->in_stop) {
+			FAULT_POINT(FP_OWN_MOVE_READ);
 			note_own_move(session->pm.header, message->arg.remap.from, message->arg.remap.len,
 				      message->arg.remap.to);
+			FAULT_POINT(FP_OWN_MOVE_NOTED);
 			break;
 		}
 		if (session->cut && recover_moved(session, editable(events), message->arg.remap.from,
@@ -297,6 +301,7 @@ static void commit(struct events *events)
 		new[i] = old[events->waiting[i]];
 	if (events->table)
 		pm_commit(pm);
+	FAULT_POINT(FP_EVENT_APPLIED);
 	/* Without a change of the table only REMOVEs were applied, and those may be applied again. */
 	memset(old, 0, min_u64(events->n + READ_SLOTS, RING_SLOTS) * sizeof(old[0]));
 	events->table = NULL;

@@ -95,6 +95,7 @@ static enum frame_error load_frame(struct sn_session *session, struct filler *fi
 {
 	struct iovec iov = {filler->frame, ENTRY_BYTES(entry)};
 	off_t offset = (off_t)ENTRY_OFFSET(entry);
+	int fault = FAULT_ERROR(FP_FRAME_READ);
 	ssize_t n;
 
 	if (iov.iov_len < FRAME_HEADER || iov.iov_len > FRAME_MAX)
@@ -104,6 +105,11 @@ static enum frame_error load_frame(struct sn_session *session, struct filler *fi
 		if (n < 0 && nowait && errno == EOPNOTSUPP) /* a file system that never says: take the wait */
 			n = preadv2(session->store->fd, &iov, 1, offset, nowait = false);
 	} while (n < 0 && errno == EINTR);
+	if (fault) {
+		errno = -fault;
+		n = fault < 0 ? -1 : n / 2;
+		nowait = false;
+	}
 	if (nowait && (n < 0 || (size_t)n < iov.iov_len))
 		return FRAME_WOULD_BLOCK;
 	if (n < 0)
@@ -141,6 +147,7 @@ static enum fill_result poison(struct sn_session *session, const struct place *p
 	uint64_t old = place->entry;
 	enum uffd_result result = uffd_poison(session->uffd, address, PAGE);
 
+	FAULT_POINT(FP_POISONED);
 	if (result == UFFD_DONE && ENTRY_STATE(old) != ST_BAD &&
 	    atomic_compare_exchange_strong(&session->pm.entries[place->index], &old, ST_BAD)) {
 		store_unhold_entry(session->store, old);
@@ -226,8 +233,11 @@ static enum fill_result put_page(struct sn_session *session, struct filler *fill
 		if (error != FRAME_OK)
 			return no_page(session, place, fault, error);
 		/* A page that equals its frame is write-protected: PAGEMAP_SCAN tells later whether it still does. */
-		result = uffd_copy(session->uffd, fault->address, filler->page, PAGE,
-				   state == ST_STORED ? SNAPD_UFFDIO_COPY_MODE_WP : 0, NULL);
+		result = FAULT_ERROR(FP_FILLING)
+				 ? UFFD_NO_MEMORY
+				 : uffd_copy(session->uffd, fault->address, filler->page, PAGE,
+					     state == ST_STORED ? SNAPD_UFFDIO_COPY_MODE_WP : 0, NULL);
+		FAULT_POINT(FP_FILLED);
 		filler->from_store = result == UFFD_DONE && state == ST_STORED;
 		if (result == UFFD_DONE)
 			now_present(session, place);

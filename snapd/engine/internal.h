@@ -9,6 +9,7 @@
 #define SN_INTERNAL_H
 
 #include "engine.h"
+#include "faultpoint.h"
 
 #include "../agent/uapi.h"
 #include "../agent/wire.h"

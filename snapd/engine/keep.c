@@ -255,8 +255,10 @@ void sn_copy_free(struct sn_copy *copy)
 
 static int flush(struct sn_copy *copy)
 {
-	int error = 0;
+	int error = FAULT_ERROR(FP_COPY_WRITE);
 
+	if (error)
+		return error;
 	if (copy->offset > copy->from)
 		error = store_write(&copy->to, copy->segment + copy->from % SEGMENT_BYTES, copy->offset - copy->from,
 				    copy->from);

@@ -116,9 +116,10 @@ void memory_close(struct sn_session *session)
 long memory_read(struct sn_session *session, uint64_t from, void *to, uint64_t bytes)
 {
 	int fd = atomic_load(&session->mem_fd);
+	int fault = FAULT_ERROR(FP_MEMORY_READ);
 	ssize_t n;
 
-	if (fd < 0)
+	if (fd < 0 || fault)
 		return -EIO;
 	do {
 		n = pread(fd, to, bytes, (off_t)from);

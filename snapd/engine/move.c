@@ -24,8 +24,10 @@ static int stage(struct sn_piece *piece)
 
 	if (error)
 		return error;
+	FAULT_POINT(FP_STAGE_MAPPED);
 	piece->staging = message.value;
 	session->pm.header->stagings[piece->slot] = (struct snapd_run){piece->staging, piece->staging_bytes};
+	FAULT_POINT(FP_STAGED);
 	for (int i = 0; i < piece->nspans; i++)
 		piece->spans[i].staging += piece->staging;
 	return uffd_register(session->uffd, piece->staging, piece->staging_bytes, SNAPD_UFFDIO_REGISTER_MODE_MISSING);
@@ -593,10 +595,12 @@ static void settle(struct sn_piece *piece, struct sn_piece_report *ret)
 
 			if (piece->kept)
 				piece_note_kept(piece, page, entry);
+			FAULT_POINT(FP_SETTLING);
 			entry_put(session, index, entry);
 		}
 	}
 	pm_commit(&session->pm);
+	FAULT_POINT(FP_SETTLED);
 	session->in_stop = false;
 	piece_set_phase(piece, PHASE_STORE);
 	pthread_rwlock_unlock(&session->lock);
@@ -617,6 +621,7 @@ static int inside_stop(struct sn_piece *piece, struct sn_piece_report *ret)
 	struct snapd_procmap_query vma;
 	int error;
 
+	FAULT_POINT(FP_STANDING);
 	for (int i = 0; i < piece->nspans; i++) {
 		struct span *span = &piece->spans[i];
 
@@ -624,8 +629,11 @@ static int inside_stop(struct sn_piece *piece, struct sn_piece_report *ret)
 		if (span->outcome == SN_MOVED)
 			span->outcome = watch(piece, span, &vma);
 	}
+	FAULT_POINT(FP_WATCHED);
 	claim(piece);
+	FAULT_POINT(FP_CLAIMED);
 	error = move(piece);
+	FAULT_POINT(FP_MOVED);
 	for (int i = 0; i < piece->nspans; i++) {
 		struct span *span = &piece->spans[i];
 
@@ -646,15 +654,20 @@ static int inside_stop(struct sn_piece *piece, struct sn_piece_report *ret)
 		}
 	}
 	all_seen(piece->session);
+	FAULT_POINT(FP_LOOKED);
 	install_guards(piece, ret);
+	FAULT_POINT(FP_GUARDED);
 	pin_pass(piece);
+	FAULT_POINT(FP_PINNED);
 	for (int i = 0; i < piece->nspans; i++) {
 		if (piece->spans[i].outcome != SN_MOVED)
 			continue;
 		check_moved(piece, &piece->spans[i]);
 		return_pinned(piece, &piece->spans[i], ret);
 	}
+	FAULT_POINT(FP_RETURNED);
 	settle(piece, ret);
+	FAULT_POINT(FP_LETTING_GO);
 	return error == -EPIPE ? SN_GONE : SN_MOVED;
 }
 

@@ -104,6 +104,7 @@ static int write_batch(struct sn_piece *piece, struct batch *batch, struct sn_pa
 		at += batch->bytes[i];
 	}
 	error = store_write(store, batch->frames, batch->used, offset);
+	FAULT_POINT(FP_FRAMES_WRITTEN);
 	at = offset;
 	for (int i = 0; i < batch->n && !error; i++) {
 		uint64_t entry = ENTRY_MAKE(ST_STORED, at, batch->bytes[i]);
@@ -113,6 +114,7 @@ static int write_batch(struct sn_piece *piece, struct batch *batch, struct sn_pa
 			piece->kept[batch->page[i]] = entry;
 		}
 		store_hold_entry(store, entry);
+		FAULT_POINT(FP_PUBLISHING);
 		if (publish(session, batch->index[i], entry)) {
 			report->stored_pages++;
 			report->stored_bytes += batch->bytes[i];
@@ -187,6 +189,7 @@ static int pack_job(const struct job *job, struct frame_packer *packer, struct b
 	error = read_batch(job, batch);
 	if (error)
 		return error;
+	FAULT_POINT(FP_PACK_READ);
 	for (int i = 0; i < batch->n; i++) {
 		const unsigned char *page = batch->pages + (uint64_t)i * PAGE;
 

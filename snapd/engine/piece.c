@@ -83,6 +83,7 @@ void sn_piece_free(struct sn_piece *piece)
 	if (piece->slot >= 0) {
 		session->inflight[piece->slot] = NULL;
 		memset(&session->pm.header->intents[piece->slot * MAX_SPANS], 0, MAX_SPANS * sizeof(struct intent));
+		FAULT_POINT(FP_PIECE_ENDING);
 		session->pm.header->stagings[piece->slot] = (struct snapd_run){0, 0};
 	}
 	for (int i = 0; i < MAX_INFLIGHT; i++)
@@ -164,7 +165,9 @@ static int leave_staging(struct sn_piece *piece)
 				table->records[i].aside = 0;
 		pm_join(table);
 		pm_commit(&session->pm);
+		FAULT_POINT(FP_STAGING_LEFT);
 		piece_set_phase(piece, PHASE_DROP);
+		FAULT_POINT(FP_DROPPING);
 	}
 	pthread_rwlock_unlock(&session->lock);
 	return error;
@@ -217,6 +220,7 @@ int sn_piece_drop(struct sn_piece *piece, uint64_t slice, unsigned int breath_us
 			uint64_t at = piece->dropped - done, bytes = min_u64(slice, runs[i].length - at);
 
 			error = unmap_slice(piece, (struct snapd_run){runs[i].start + at, bytes});
+			FAULT_POINT(FP_SLICE_DROPPED);
 			/* A late one is carried out all the same; of an adopted piece it may be a part only. */
 			if (!error || (error == MOVER_LATE && !piece->adopted))
 				piece->dropped += bytes;

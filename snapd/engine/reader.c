@@ -46,6 +46,8 @@ static void take(struct events *events, const struct snapd_uffd_msg *message, st
 		add_pending(events->session, pending, message);
 		events->n++;
 	} else {
+		if (!events->session->in_stop)
+			FAULT_POINT(FP_EVENT_READ);
 		events_take(events);
 	}
 }
@@ -132,6 +134,7 @@ static void drain(struct sn_session *session, struct pending *pending)
 static void take_over(struct sn_session *session, struct pending *pending)
 {
 	drain(session, pending);
+	FAULT_POINT(FP_RING_APPLIED);
 	session->adopted = false;
 	keeper_ring_is_read(session->number);
 	uffd_wake(session->uffd, WAKE_START, WAKE_END - WAKE_START);
@@ -270,6 +273,7 @@ static void copy_page(struct sn_session *session, uint64_t index, uint64_t from,
 	} else if (ENTRY_STATE(entry) != ST_ASIDE) {
 		return;
 	}
+	FAULT_POINT(FP_CHILD_COPYING);
 	give_page(session, index, page, source && from ? take_page(source, from, page) : COPY_POISON, pending);
 }
 

@@ -95,9 +95,11 @@ void recover_begin(struct sn_session *session)
 		session->cut |= session->pm.header->source && is_moving(session);
 		return;
 	}
+	FAULT_POINT(FP_CUT_CLAIMED);
 	/* What was read and not applied goes along: with the table another ring becomes current. */
 	memcpy(pm_other_ring(&session->pm), pm_ring(&session->pm), RING_SLOTS * sizeof(struct snapd_uffd_msg));
 	pm_commit(&session->pm);
+	FAULT_POINT(FP_CUT_COMMITTED);
 	for (int i = 0; i < MAX_INFLIGHT * MAX_SPANS; i++)
 		if (intent_at(session, i)->phase == PHASE_MOVE || intent_at(session, i)->phase == PHASE_PIN)
 			intent_at(session, i)->phase = PHASE_CUT;
@@ -396,6 +398,7 @@ static void end_cut(struct sn_session *session)
 		for (uint64_t k = 0; table->records[i].first != NO_ENTRIES && k < table->records[i].npages; k++)
 			if (session->pm.entries[table->records[i].first + k] & ENTRY_MOVING)
 				atomic_fetch_and(&session->pm.entries[table->records[i].first + k], ~ENTRY_MOVING);
+	FAULT_POINT(FP_CUT_SETTLED);
 	for (int i = 0; i < MAX_INFLIGHT * MAX_SPANS; i++)
 		if (intent_at(session, i)->phase == PHASE_CUT)
 			intent_at(session, i)->phase = PHASE_STORE;
@@ -411,6 +414,7 @@ static void settle(struct sn_session *session, const struct parts *parts, bool s
 	for (long i = 0; i < parts->n; i++)
 		point(session, table, &parts->list[i]);
 	pm_commit(&session->pm);
+	FAULT_POINT(FP_CUT_POINTED);
 	for (long i = 0; i < parts->n; i++) {
 		const struct part *part = &parts->list[i];
 
@@ -420,6 +424,7 @@ static void settle(struct sn_session *session, const struct parts *parts, bool s
 
 			if (verdict == SETTLED)
 				continue;
+			FAULT_POINT(FP_CUT_SETTLING);
 			if (stands || !takes_a_stop(entry, verdict))
 				entry_put(session, part->first + k, settled(entry, verdict));
 			else
@@ -463,9 +468,11 @@ static int finish_while_it_runs(struct sn_session *session)
 
 		error = look_while_it_runs(session, &parts);
 		if (!error) {
+			FAULT_POINT(FP_CUT_SEEN);
 			settle(session, &parts, false);
 			pthread_rwlock_unlock(&session->lock);
 			error = each_run(session, &parts, IS_DIRTY, pin_run);
+			FAULT_POINT(FP_CUT_MOVED);
 		}
 		free_parts(&parts);
 	}
@@ -482,13 +489,17 @@ static int finish_stop(struct sn_session *session)
 	find_parts(session, &parts);
 	session->in_stop = true;
 	pthread_rwlock_unlock(&session->lock);
+	FAULT_POINT(FP_CUT_STANDING);
 	error = look_everywhere(session, &parts, atomic_load(&session->pagemap_fd));
+	FAULT_POINT(FP_CUT_LOOKED);
 	if (!error)
 		error = each_run(session, &parts, IS_GUARD, install_guard);
 	if (!error)
 		error = each_run(session, &parts, IS_DIRTY, pin_run);
+	FAULT_POINT(FP_CUT_PINNED);
 	if (!error)
 		error = each_run(session, &parts, IS_PINNED, return_run);
+	FAULT_POINT(FP_CUT_RETURNED);
 	pthread_rwlock_wrlock(&session->lock);
 	if (!error)
 		settle(session, &parts, true);
@@ -689,6 +700,7 @@ struct sn_piece *sn_piece_adopt(struct sn_session *session, int slot)
 		free(piece);
 		return NULL;
 	}
+	FAULT_POINT(FP_PIECE_ADOPTED);
 	return piece;
 }
 

@@ -133,6 +133,7 @@ uint64_t sn_keeper_serving(void)
 
 	if (!registry)
 		return 0;
+	FAULT_POINT(FP_SERVING);
 	died = atomic_exchange(&registry->died_ns, 0);
 	atomic_store(&registry->serving_ns, now_ns());
 	if (!died)

@@ -124,6 +124,7 @@ int session_hand_over(struct sn_session *session)
 {
 	int error = sn_hand_over(KEEP_USERFAULTFD, session->number, session->uffd);
 
+	FAULT_POINT(FP_HALF_HANDED);
 	return error ? error : sn_hand_over(KEEP_PAGE_MAP, session->number, session->pm.fd);
 }
 

@@ -129,8 +129,10 @@ static int next_segment(struct sn_store *store, uint64_t *ret_offset)
 /* The room is held, so that no segment of it is given back before its entries are published: the caller unholds. */
 int store_reserve(struct sn_store *store, uint64_t bytes, bool keep_floor, uint64_t *ret_offset)
 {
-	int error = 0;
+	int error = FAULT_ERROR(FP_RESERVE);
 
+	if (error)
+		return error;
 	pthread_mutex_lock(&store->lock);
 	*ret_offset = atomic_load(&store->tail);
 	/* No frame crosses a segment: what a segment holds lives and dies with it. The gap takes no blocks. */
@@ -151,8 +153,13 @@ int store_write(struct sn_store *store, const void *frames, uint64_t bytes, uint
 	uint64_t done = 0;
 
 	while (done < bytes) {
-		ssize_t n = pwrite(store->fd, (const char *)frames + done, bytes - done, (off_t)(offset + done));
+		int fault = FAULT_ERROR(FP_FRAMES_WRITE);
+		size_t some = fault == FAULT_SHORT ? (bytes - done + 1) / 2 : bytes - done;
+		ssize_t n;
 
+		if (fault < 0)
+			return fault;
+		n = pwrite(store->fd, (const char *)frames + done, some, (off_t)(offset + done));
 		if (n < 0 && errno == EINTR)
 			continue;
 		if (n <= 0)
@@ -180,8 +187,13 @@ static int punch(struct sn_store *store, uint64_t segment)
 	uint64_t from = segment ? segment << SEGMENT_SHIFT : HEADER_BYTES; /* the first one begins with the header */
 	uint64_t to = (segment + 1) << SEGMENT_SHIFT;
 
+	int error = FAULT_ERROR(FP_PUNCH);
+
+	if (error)
+		return error;
 	if (fallocate(store->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)from, (off_t)(to - from)))
 		return -errno;
+	FAULT_POINT(FP_PUNCHED);
 	atomic_fetch_add(&store->trimmed_bytes, store->written[segment]);
 	store->written[segment] = 0;
 	return 0;
