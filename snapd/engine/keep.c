@@ -91,9 +91,31 @@ static uint64_t out_before(struct sn_session *session, uint64_t index)
 			continue;
 		case ST_ASIDE: return KEPT_ASIDE;
 		case ST_BAD: return ST_BAD;
+		case ST_ZERO: return ST_ZERO; /* unless it is present, which is for look_at_zeros */
 		default: return KEPT_LEFT; /* present, or nothing is known to be there */
 		}
 	}
+}
+
+/* A zero page that the program has touched is present, with whatever it wrote since: the pieces will say. Nobody fills
+ * what is known to be zeros by another way, so what is missing after its entry was read was zeros then. */
+static int look_at_zeros(struct sn_session *session, uint64_t start, uint64_t *entries, uint64_t n,
+			 struct snapd_page_region *regions)
+{
+	const uint64_t there = SNAPD_PAGE_IS_PRESENT | SNAPD_PAGE_IS_SWAPPED | SNAPD_PAGE_IS_GUARD;
+	int fd = atomic_load(&session->pagemap_fd);
+	long found = fd < 0 ? -EBADF
+			    : pagemap_scan(fd, start, start + n * PAGE, there, SNAPD_PAGE_IS_PRESENT, 0, regions,
+					   n + 1, NULL);
+
+	for (uint64_t k = 0; found < 0 && k < n; k++)
+		if (entries[k] == ST_ZERO)
+			entries[k] = KEPT_LEFT;
+	for (long i = 0; i < found; i++)
+		for (uint64_t at = regions[i].start; at < regions[i].end; at += PAGE)
+			if (entries[(at - start) / PAGE] == ST_ZERO)
+				entries[(at - start) / PAGE] = KEPT_LEFT;
+	return found == -ENOMEM ? -ENOMEM : 0;
 }
 
 static void let_go(struct sn_store *store, const uint64_t *entries, uint64_t n)
@@ -107,7 +129,8 @@ static int take_what_is_out(struct sn_keep *keep)
 {
 	struct sn_session *session = keep->session;
 	uint64_t *room = malloc(BASE_PAGES * sizeof(*room)), at = 0, n;
-	int error = room ? 0 : -ENOMEM;
+	struct snapd_page_region *regions = malloc((BASE_PAGES + 1) * sizeof(*regions));
+	int error = room && regions ? 0 : -ENOMEM;
 
 	do {
 		const struct table *table;
@@ -124,14 +147,16 @@ static int take_what_is_out(struct sn_keep *keep)
 			n = min_u64(BASE_PAGES, record->npages - (at - record->start) / PAGE);
 			for (uint64_t k = 0; k < n; k++)
 				room[k] = out_before(session, record->first + (at - record->start) / PAGE + k);
+			error = look_at_zeros(session, at, room, n, regions);
 		}
 		pthread_rwlock_unlock(&session->lock);
-		if (n)
+		if (n && !error)
 			error = add(keep, at, room, n);
 		if (error)
 			let_go(session->store, room, n);
 		at += n * PAGE;
 	} while (n && !error);
+	free(regions);
 	free(room);
 	return error;
 }

@@ -97,6 +97,28 @@ def test_a_snapshot_holds_what_the_process_had_and_never_changes(
         figures.note(number=number, file_mib=path.stat().st_size / MIB)
 
 
+def test_pages_of_zeros_that_are_out_are_in_the_snapshot_and_not_called_memory_that_never_was(
+    daemon: Daemon, spawn: Spawner
+) -> None:
+    hold = spawn("hold", "--mib", 8)
+    start, end = heap_of(hold)
+    before = memory(hold.pid, start, end)
+    hold.ask("discard", 8000, 1)  # most pages; each is read then, and so is a page of zeros
+    daemon.dump(hold.pid)
+    path = path_of(kept(daemon, hold.pid, "zeros"))
+    hold.ask("write", 2000, 2)  # some of them are present and written now, and their entries say zeros
+    written = path_of(kept(daemon, hold.pid, "written"))
+    hold.ask("sum")
+    after = memory(hold.pid, start, end)
+    with open_snapshot(path) as snapshot:
+        found = content(snapshot, start, end)
+        assert all(found[at : at + PAGE] in (bytes(PAGE), before[at : at + PAGE]) for at in range(0, len(found), PAGE))
+        assert found.count(bytes(PAGE)) > 1000
+    with open_snapshot(written) as snapshot:
+        assert content(snapshot, start, end) == after
+    hold.quit()
+
+
 def test_pages_that_the_program_takes_back_during_the_dump_are_in_the_snapshot(daemon: Daemon, spawn: Spawner) -> None:
     """Packing is slow at this level, so that the program has most pages again before they are packed."""
     hold = spawn("hold", "--mib", 24)
