@@ -68,11 +68,20 @@ install: build ## install below PREFIX (/usr/local), or below DESTDIR for a pack
 	install -m 755 "$$scratch/snapd" "$$to/bin/snapd"; \
 	ln -sfn heap-snapd/snapd/agent/libsnapd-agent.so "$$to/lib/libsnapd-agent.so"; \
 	install -m 644 snapd/agent/snapd.h "$$to/include/snapd.h"; \
-	install -m 644 LICENSE "$$to/share/doc/heap-snapd/LICENSE"
+	install -m 644 LICENSE docs/operations.md "$$to/share/doc/heap-snapd"; \
+	put() { install -d "$$to/$${2%/*}"; sed 's|/usr/local|$(PREFIX)|' "systemd/$$1" > "$$scratch/unit"; \
+		install -m 644 "$$scratch/unit" "$$to/$$2"; }; \
+	for kind in service socket; do put heap-snapd.$$kind lib/systemd/system/heap-snapd.$$kind; \
+		put user/heap-snapd.$$kind lib/systemd/user/heap-snapd.$$kind; done; \
+	put heap-snapd.tmpfiles lib/tmpfiles.d/heap-snapd.conf; \
+	put heap-snapd.sysusers lib/sysusers.d/heap-snapd.conf; \
+	put 60-heap-snapd.rules lib/udev/rules.d/60-heap-snapd.rules
 
 uninstall: ## remove what install put there, with the same PREFIX and DESTDIR
 	@$(if $(filter /%,$(PREFIX)),,echo "PREFIX has to be an absolute path" >&2; exit 1)
 	rm -rf '$(INSTALL_DIR)/lib/heap-snapd' '$(INSTALL_DIR)/share/doc/heap-snapd'
+	cd '$(INSTALL_DIR)/lib' 2>/dev/null && rm -f systemd/system/heap-snapd.* systemd/user/heap-snapd.* \
+		tmpfiles.d/heap-snapd.conf sysusers.d/heap-snapd.conf udev/rules.d/60-heap-snapd.rules || true
 	rm -f '$(INSTALL_DIR)/bin/snapd' '$(INSTALL_DIR)/lib/libsnapd-agent.so' '$(INSTALL_DIR)/include/snapd.h'
 
 clean: ## remove .venv and everything that was built

@@ -216,15 +216,19 @@ class RuntimeLock:
         self._bound.append(path)
         return sock
 
-    def inherit(self, name: str, fd: int) -> socket.socket | None:
-        """Return the socket `fd` that a former daemon bound as `name`, or None when there is none or it has no name."""
+    def inherit(self, name: str, fd: int, *, lent: bool = False) -> socket.socket | None:
+        """Return the socket `fd` that a former daemon bound as `name`, or None when there is none or it has no name.
+
+        One that is `lent` is somebody else's, and stays when this daemon ends.
+        """
         if fd < 0:
             return None
         sock = socket.socket(fileno=fd)
         if sock.family is not socket.AF_UNIX or sock.getsockname() != str(self.directory / name):
             sock.close()
             return None
-        self._bound.append(self.directory / name)
+        if not lent:
+            self._bound.append(self.directory / name)
         return sock
 
     def close(self) -> None:

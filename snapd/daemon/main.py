@@ -17,8 +17,10 @@ import trio
 
 from snapd.daemon import agents, keep, server
 from snapd.daemon.manager import Manager
-from snapd.daemon.start import ENDING_SIGNALS
-from snapd.daemon.takeover import AGENT, CONTROL, LOCK, end_hurry, start_keeper
+from snapd.daemon.sdnotify import Notifier
+from snapd.daemon.start import ENDING_SIGNALS, HAND_OVER_SIGNAL
+from snapd.daemon.supervision import Supervision
+from snapd.daemon.takeover import AGENT, CONTROL, LENT, LOCK, end_hurry, start_keeper
 from snapd.directories import AGENT_SOCKET, CONTROL_SOCKET, RuntimeLock, make_state_dir
 from snapd.engine import keeper
 from snapd.engine.keeper import Ending, Letter
@@ -44,12 +46,13 @@ def serve(runtime_dir: Path, state_dir: Path, room: MinFree, command: Sequence[s
     make_state_dir(state_dir)
     keep.sweep(state_dir)
     with RuntimeLock(runtime_dir, estate.others.get(LOCK, -1)) as lock, contextlib.ExitStack() as kept:
-        control = lock.inherit(CONTROL_SOCKET, estate.others.get(CONTROL, -1)) or server.listen(lock)
-        agent = lock.inherit(AGENT_SOCKET, estate.others.get(AGENT, -1))
+        control = _inherit(lock, estate, CONTROL_SOCKET, CONTROL) or server.listen(lock)
+        agent = _inherit(lock, estate, AGENT_SOCKET, AGENT)
         agent = agent or lock.bind(AGENT_SOCKET, socket.SOCK_SEQPACKET)
         # Again for a socket that was inherited: its peers are told who listens.
         agent.listen(128)
-        for number, fd in ((LOCK, lock.fileno()), (CONTROL, control.fileno()), (AGENT, agent.fileno())):
+        handed = ((LOCK, lock.fileno()), (CONTROL, control.fileno()), (AGENT, agent.fileno()))
+        for number, fd in ((number + LENT * (number in estate.lent), fd) for number, fd in handed):
             keeper.hand_over(Letter.OTHER, number, fd)
             kept.callback(keeper.withhold, Letter.OTHER, number)
         if command is not None and keeper.pid() is None:
@@ -62,6 +65,14 @@ def serve(runtime_dir: Path, state_dir: Path, room: MinFree, command: Sequence[s
             log.exception("the daemon ends by a mistake of its own")
             raise
         keeper.ending(Ending.STOP)
+
+
+def _inherit(lock: RuntimeLock, estate: Estate, name: str, number: int) -> socket.socket | None:
+    """Return the socket of this name, if it was handed over and is still the one to serve."""
+    sock = lock.inherit(name, estate.others.get(number, -1), lent=number in estate.lent)
+    if sock is None:
+        estate.lent.discard(number)
+    return sock
 
 
 async def _main(
@@ -81,16 +92,23 @@ async def _main(
         if command is not None:
             nursery.start_soon(_watch_keeper, command)
         nursery.start_soon(_hurry_until_agents_are_here, manager)
-        with trio.open_signal_receiver(*ENDING_SIGNALS) as signals:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING_SIGNALS)
+        supervision = Supervision(Notifier(os.environ), manager, estate.kept)
+        supervision.ready()
+        nursery.start_soon(supervision.run)
+        expected = {*ENDING_SIGNALS, HAND_OVER_SIGNAL}
+        with trio.open_signal_receiver(*expected) as signals:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, expected)
             async with trio.open_nursery() as serving:
                 answering = trio.CancelScope()
                 serving.start_soon(_answer, control, manager, answering)
                 async for number in signals:
+                    if number == HAND_OVER_SIGNAL:
+                        supervision.hand_over()
                     log.info("%s: giving everything back", signal.Signals(number).name)
                     break
                 # Dumps that run are finished first, each of them before its own session is given back.
                 answering.cancel()
+                supervision.ending()
                 await manager.give_everything_back()
         nursery.cancel_scope.cancel()
 

@@ -31,16 +31,18 @@ OPEN_FILES: Final = 1 << 19
 _MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
 
 ENDING_SIGNALS: Final = {signal.SIGTERM, signal.SIGINT}
+HAND_OVER_SIGNAL: Final = signal.SIGUSR2
+"""Tells a daemon to end without giving anything back: the next one, systemd's or the keeper's, goes on."""
 
 
 def serve(runtime_dir: Path, state_dir: Path, room: MinFree, command: Sequence[str] | None) -> None:
-    """Run the daemon until SIGTERM or SIGINT; then every page is given back.
+    """Run the daemon until SIGTERM or SIGINT, when every page is given back, or SIGUSR2, when all is handed over.
 
     `command` is the command line of this daemon, which its keeper executes when it dies; None: no keeper. Raises
     DirectoryUnusable or DaemonRunning when it cannot start, Internal when there is no libzstd.
     """
     # A keeper has all signals blocked. Those that end a daemon wait until it can end as it should.
-    signal.pthread_sigmask(signal.SIG_SETMASK, ENDING_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_SETMASK, {*ENDING_SIGNALS, HAND_OVER_SIGNAL})
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="snapd: %(levelname)s: %(message)s")
     _raise_limits()
     _lock_memory()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import socket
 import stat
 import sys
 from contextlib import ExitStack
@@ -22,7 +23,6 @@ from snapd.engine.keeper import DamagedPageMapError, Letter
 from snapd.store.format import HEADER_BYTES, SEGMENT_BYTES, HeaderError, StoreHeader
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 
     from snapd.daemon.rejoin import Rejoined
@@ -32,12 +32,11 @@ log = logging.getLogger(__name__)
 FIRST_FD: Final = 3
 FLAG_FORK_EVENTS: Final = 1
 FLAG_AGENT: Final = 2
-FLAG_ATTACHED: Final = 4
-"""What a page map notes of its session: forks raise events; it has an agent, which will come again; it has none, and
-its threads are borrowed."""
+"""What a page map notes of its session: forks raise events, and it has an agent, which will come again."""
 
 LOCK, CONTROL, AGENT = 1, 2, 3
-"""The numbers of what is handed over besides sessions."""
+LENT: Final = 0x10
+"""The numbers of what is handed over besides sessions; LENT more for a socket of systemd's, which outlives daemons."""
 
 Name = tuple[Letter, int]
 
@@ -56,19 +55,22 @@ class Adopted:
 class Estate:
     """What a former daemon has left: sessions, which are served already, and its lock and sockets by number.
 
-    `strangers` are connections of agents that were accepted and not looked at.
+    `strangers` are connections of agents that were accepted and not looked at. `kept` is what systemd keeps, also where
+    it is of no use, `lent` are the numbers of sockets that are systemd's.
     """
 
     sessions: list[Adopted] = field(default_factory=list)
     others: dict[int, int] = field(default_factory=dict)
     unserved_s: float | None = None
     strangers: list[socket.socket] = field(default_factory=list)
+    kept: list[Name] = field(default_factory=list)
+    lent: set[int] = field(default_factory=set)
 
 
 def inherited(environ: MutableMapping[str, str]) -> dict[Name, int]:
     """Return the descriptors that were handed over, by name, and take the variables that say so out of `environ`.
 
-    Those whose names are not ours are closed.
+    Sockets of a socket unit are known by what they are. Whatever else has no name of ours is closed.
     """
     values = [environ.pop(name, "") for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")]
     if values[0] != str(os.getpid()) or not values[1].isdigit():
@@ -76,7 +78,7 @@ def inherited(environ: MutableMapping[str, str]) -> dict[Name, int]:
     names = values[2].split(":")
     found: dict[Name, int] = {}
     for fd in range(FIRST_FD, FIRST_FD + int(values[1])):
-        name = parse_name(names[fd - FIRST_FD] if fd - FIRST_FD < len(names) else "")
+        name = parse_name(names[fd - FIRST_FD] if fd - FIRST_FD < len(names) else "") or _lent(fd)
         if name is None or name in found:
             os.close(fd)
         else:
@@ -94,6 +96,22 @@ def parse_name(text: str) -> Name | None:
         return None
 
 
+def _lent(fd: int) -> Name | None:
+    """Return the name of a listening socket that a socket unit has: the kind says which one it is."""
+    try:
+        sock = socket.socket(fileno=fd)
+    except OSError:
+        return None
+    try:
+        listening = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        if sock.family is not socket.AF_UNIX or not listening:
+            return None
+        number = {socket.SOCK_STREAM: CONTROL, socket.SOCK_SEQPACKET: AGENT}.get(sock.type)
+        return (Letter.OTHER, LENT + number) if number else None
+    finally:
+        sock.detach()
+
+
 def take_over(command: Sequence[str] | None, packers: int, environ: MutableMapping[str, str]) -> Estate:
     """Serve all that a former daemon has left.
 
@@ -109,10 +127,14 @@ def take_over(command: Sequence[str] | None, packers: int, environ: MutableMappi
     engine.start(packers)
     if not fds:
         return Estate()
-    if registry < 0:  # systemd's store: what it kept is to be kept on
+    others = {number: fd for (letter, number), fd in fds.items() if letter is Letter.OTHER}
+    estate = Estate(others={number % LENT: fd for number, fd in others.items()})
+    estate.lent = {one % LENT for one in others if one > LENT}
+    if registry < 0:  # systemd's store: what it kept is to be kept on, and its numbers are not to be given again
+        keeper.numbers_from(max(number for _, number in fds))
         for (letter, number), fd in fds.items():
             keeper.hand_over(letter, number, fd)
-    estate = Estate(others={number: fd for (letter, number), fd in fds.items() if letter is Letter.OTHER})
+        estate.kept = list(fds)
     estate.sessions = _adopt(fds)
     for one in estate.sessions:
         keeper.resume(one.native)
@@ -121,7 +143,10 @@ def take_over(command: Sequence[str] | None, packers: int, environ: MutableMappi
         if one.info.phases or one.info.events:
             found = ", ".join(f"{phase} {count}" for phase, count in one.info.phases.items())
             log.info("pid %d: on its way: %s; %d events", one.info.pid, found or "nothing", one.info.events)
-    log.info("took over %d sessions, served again after %.0f ms", len(estate.sessions), 1000 * (estate.unserved_s or 0))
+    if estate.unserved_s is not None:
+        log.info("took over %d sessions, served again after %.0f ms", len(estate.sessions), 1000 * estate.unserved_s)
+    elif estate.kept and estate.sessions:
+        log.info("took over %d sessions that systemd has kept", len(estate.sessions))
     return estate
 
 

@@ -107,30 +107,8 @@ void sn_session_stats(struct sn_session *session, struct sn_stats *ret);
 void sn_session_counts(struct sn_session *session, struct sn_counts *ret);
 uint64_t sn_session_regions(struct sn_session *session, struct sn_region *ret, uint64_t capacity);
 int sn_session_alive(struct sn_session *session);
+int sn_session_gets_on(struct sn_session *session); /* 0 when the reader did nothing since the last call, and should */
 int sn_session_mark(struct sn_session *session, int on); /* write-protects the sentinel page, or not */
-
-/* Attaching: what must be in a target that has no agent is put there by ptrace. gift is /dev/userfaultfd, with make, of
- * which the target makes a userfaultfd; or one that is there. Either way ret_uffd is the caller's own descriptor of it,
- * or -1 with a gift that was one already. -EPERM: not ours to trace; -EBUSY: another tracer; -ENOEXEC: 32-bit code;
- * -EBADRQC: a filter that can't be suspended; -EOPNOTSUPP: dispatched system calls; -ESRCH; -EAGAIN: not now. */
-struct sn_injection {
-	uint64_t region, region_bytes, sentinel, stop_ns;
-	int number, uffd, control; /* of the userfaultfd in the target, ours, the page that is shared */
-};
-int sn_inject(int pid, int gift, int make, struct sn_injection *ret);
-/* Unmaps and closes what sn_inject has put there: uffd is ours of the same userfaultfd, or -1. A sentinel of 0 and a
- * number of -1 stay. For when nothing but the sentinel is watched. */
-int sn_eject(int pid, const struct sn_injection *injection, int uffd);
-/* Threads of the target do what an agent would, from now on. Takes the shared page over. */
-int sn_session_lend(struct sn_session *session, const struct sn_injection *injection);
-/* What was put into the target, also by a former daemon: 0 bytes for nothing. */
-void sn_session_injection(struct sn_session *session, struct sn_injection *ret);
-/* Stops of single threads outside a dump's own stops, since the last call. */
-struct sn_borrows {
-	uint64_t stops, sum_ns, longest_ns;
-};
-void sn_session_borrows(struct sn_session *session, struct sn_borrows *ret);
-int sn_session_has_uffd(struct sn_session *session); /* 1: the target still has it open */
 
 int sn_uffd_api(int uffd, int with_fork, uint64_t *ret_features);
 int sn_uffd_register(int uffd, uint64_t start, uint64_t length);
@@ -217,6 +195,10 @@ void sn_page_map_trim(struct sn_session *session);
 int sn_keeper_open(int fd);
 int sn_hand_over(int letter, uint32_t number, int fd);
 int sn_withhold(int letter, uint32_t number); /* the descriptor that it was, or -1 */
+/* What is handed over, two words each, letter and number; returns how many there are, which may be more than room. */
+uint32_t sn_handed_over(uint32_t *ret, uint32_t room);
+int sn_duplicate(int letter, uint32_t number); /* of what is handed over; -ENOENT when it is no more */
+void sn_keeper_numbers_from(uint32_t last);    /* a number up to this one is somebody's already */
 /* Makes a keeper that will execute path; the former one has no duty any more then. Returns its pid. Again: when it is
  * gone. */
 int sn_keeper_start(const char *path, const char *const *argv, const char *const *envp);

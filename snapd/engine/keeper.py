@@ -95,6 +95,27 @@ def withhold(letter: Letter, number: int) -> None:
     lib.sn_withhold(ord(letter), number)
 
 
+def handed_over() -> set[tuple[Letter, int]]:
+    """Return the names of all descriptors that the next daemon would get."""
+    room = 1024
+    while True:
+        raw = ffi.new("uint32_t[]", 2 * room)
+        found = lib.sn_handed_over(raw, room)
+        if found <= room:
+            return {(Letter(chr(raw[2 * i])), int(raw[2 * i + 1])) for i in range(found)}
+        room = 2 * found
+
+
+def duplicate(letter: Letter, number: int) -> int:
+    """Return a new descriptor of what is handed over by this name; OSError ENOENT when it is no longer."""
+    return engine.check(lib.sn_duplicate(ord(letter), number))
+
+
+def numbers_from(last: int) -> None:
+    """Give out no number up to `last`: descriptors that were kept by somebody else have them."""
+    lib.sn_keeper_numbers_from(last)
+
+
 def ending(why: Ending) -> None:
     """Tell the keeper why this process is about to end."""
     lib.sn_keeper_ending(why)

@@ -1,5 +1,4 @@
-/* The mover: one command, one reply, and what happens when no reply comes from an agent's socket. Without an agent it
- * is orders.c that carries it out.
+/* The mover over an agent's socket: one command, one reply, and what happens when no reply comes.
  *
  * For whoever holds session->mover. Knows the wire format; no policy.
  */
@@ -126,8 +125,6 @@ static int send_and_wait(struct sn_session *session, struct snapd_wire *message)
 	ssize_t n;
 	int error;
 
-	if (session->loan)
-		return orders_call(session, message);
 	message->magic = SNAPD_WIRE_MAGIC;
 	message->version = SNAPD_WIRE_VERSION;
 	message->seq = ++session->mover_seq;
@@ -179,8 +176,6 @@ static int settle_debt(struct sn_session *session)
 
 int mover_ready(struct sn_session *session)
 {
-	if (session->loan)
-		return orders_ready(session);
 	if (session->agent_sock < 0)
 		return -ENOTCONN;
 	if (session->mover_ended)

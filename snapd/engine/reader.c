@@ -351,9 +351,11 @@ void *reader_main(void *arg)
 		else if (next)
 			wait = min_u64(wait, next > now ? next - now : 0);
 		timeout = (struct timespec){(time_t)(wait / 1000000000ULL), (long)(wait % 1000000000ULL)};
+		pulse_wait(session);
 		if (ppoll(fds, 2, wait == ~0ULL ? NULL : &timeout, NULL) == 0 && !next && !ahead &&
 		    !sn_session_alive(session))
 			session_gone(session);
+		pulse_go_on(session);
 		if (fds[1].revents & POLLIN) {
 			uint64_t count;
 

@@ -116,6 +116,54 @@ int sn_withhold(int letter, uint32_t number)
 	return fd;
 }
 
+uint32_t sn_handed_over(uint32_t *ret, uint32_t room)
+{
+	uint32_t n = 0;
+
+	if (!registry)
+		return 0;
+	pthread_mutex_lock(&lock);
+	for (uint32_t i = 0; i < registry->nslots; i++) {
+		if (!registry->slots[i].letter)
+			continue;
+		if (n < room) {
+			ret[2 * n] = registry->slots[i].letter;
+			ret[2 * n + 1] = registry->slots[i].number;
+		}
+		n++;
+	}
+	pthread_mutex_unlock(&lock);
+	return n;
+}
+
+/* Whoever closes a descriptor withholds it first: under the lock its number is still its own. */
+int sn_duplicate(int letter, uint32_t number)
+{
+	struct keeper_slot *slot;
+	int fd = -ENOENT;
+
+	if (!registry)
+		return -ENOENT;
+	pthread_mutex_lock(&lock);
+	slot = find((uint32_t)letter, number);
+	if (slot) {
+		fd = fcntl(slot->fd, F_DUPFD_CLOEXEC, 0);
+		if (fd < 0)
+			fd = -errno;
+	}
+	pthread_mutex_unlock(&lock);
+	return fd;
+}
+
+/* systemd keeps no registry: what it hands over has numbers of one that is gone. */
+void sn_keeper_numbers_from(uint32_t last)
+{
+	uint32_t now = atomic_load(&registry->numbers);
+
+	while (now < last && !atomic_compare_exchange_weak(&registry->numbers, &now, last))
+		;
+}
+
 int sn_keeper_pid(void)
 {
 	return registry ? atomic_load(&registry->keeper) : 0;

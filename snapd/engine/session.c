@@ -144,7 +144,6 @@ void session_forget(struct sn_session *session)
 		close(session->uffd);
 	}
 	mover_detach(session);
-	loan_forget(session);
 	hold_release(session);
 	memory_close(session);
 	close(session->wake_fd);
