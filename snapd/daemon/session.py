@@ -119,12 +119,14 @@ class Session:
         self.former = (b"", 0)  # its store and its number in a former daemon's registry
         self.agent_is_here = trio.Event()
         # Replies during a dump are the engine's: only the end of the connection is of interest here.
-        self._hangup = select.epoll()
+        self._hangup: select.epoll | None = None  # most forked children end before they have an agent
         if agent_sock >= 0:
             self.listen_to(agent_sock)
 
     def listen_to(self, agent_sock: int) -> None:
         """Notice when the agent's connection ends."""
+        if self._hangup is None:
+            self._hangup = select.epoll()
         self._hangup.register(agent_sock, select.EPOLLRDHUP)
         self.has_agent = True
         self.agent_is_here.set()
@@ -160,9 +162,14 @@ class Session:
                 await trio.lowlevel.wait_readable(fd)
                 self.gone.set()
 
+            async def wait_for_hangup() -> None:
+                await self.agent_is_here.wait()
+                if self._hangup is not None:
+                    await wait(self._hangup.fileno())
+
             if self.pidfd >= 0:
                 nursery.start_soon(wait, self.pidfd)
-            nursery.start_soon(wait, self._hangup.fileno())
+            nursery.start_soon(wait_for_hangup)
             await self.gone.wait()
             nursery.cancel_scope.cancel()
 
@@ -417,7 +424,8 @@ class Session:
         self.native.close()
         if self.store is not None:
             self.store.release()
-        self._hangup.close()
+        if self._hangup is not None:
+            self._hangup.close()
         if self.pidfd >= 0:
             os.close(self.pidfd)
 

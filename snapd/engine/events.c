@@ -9,6 +9,10 @@
 
 #include <errno.h>
 #include <sys/ioctl.h>
+#include <unistd.h>
+
+#define FORK_TRIES 10000
+#define FORK_PAUSE_US 1000
 
 static void forget(struct sn_session *session, const struct record *records, long n)
 {
@@ -145,19 +149,31 @@ static void apply_remap(struct events *events, const struct snapd_uffd_msg *mess
 	pm_add_debt(table, from, from + bytes);
 }
 
+/* Without a session nobody answers the child. Descriptors and memory come back when others end, and until then the
+ * parent waits in its fork: it makes no more children than can be served. */
+static void apply_fork(struct events *events, int uffd)
+{
+	struct sn_session *session = events->session;
+	int error = session_fork(session, current(events), uffd);
+
+	for (int tries = 0; tries < FORK_TRIES && (error == -EMFILE || error == -ENFILE || error == -ENOMEM); tries++) {
+		usleep(FORK_PAUSE_US);
+		error = session_fork(session, current(events), uffd);
+	}
+	if (error)
+		notify(&(struct sn_notice){.kind = SN_NOTICE_TROUBLE, .session = session->id, .cause = -error,
+					   .value = (uint64_t)uffd});
+}
+
 static void apply(struct events *events, const struct snapd_uffd_msg *message)
 {
 	struct sn_session *session = events->session;
-	int error;
 
 	switch (message->event) {
 	case SNAPD_UFFD_EVENT_FORK:
 		COUNT(session, forks);
 		FAULT_POINT(FP_FORK_READ);
-		error = session_fork(session, current(events), (int)message->arg.fork.ufd);
-		if (error)
-			notify(&(struct sn_notice){.kind = SN_NOTICE_TROUBLE, .session = session->id, .cause = -error,
-						   .value = message->arg.fork.ufd});
+		apply_fork(events, (int)message->arg.fork.ufd);
 		FAULT_POINT(FP_FORK_SERVED);
 		break;
 	case SNAPD_UFFD_EVENT_REMOVE:

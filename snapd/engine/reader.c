@@ -13,6 +13,7 @@
 #define MAX_PENDING 1024
 #define WAIT_NS 5000000000ULL
 #define PAUSE_US 20 /* the thread that is in the call may need this very CPU */
+#define FIRST_PROBE_NS 4000000ULL /* most forked children end soon, and each holds descriptors */
 #define PROBE_NS 500000000ULL
 #define COPY_TRIES 20
 #define SOURCE_NS 2000000ULL
@@ -320,7 +321,7 @@ void *reader_main(void *arg)
 	struct pending *pending = calloc(1, sizeof(*pending));
 	struct prefetch *prefetch = prefetch_create(session);
 	struct filler filler = {0};
-	uint64_t next = 0;
+	uint64_t next = 0, probe = FIRST_PROBE_NS;
 	bool ahead = false, due;
 
 	if (!pending || !prefetch || filler_init(&filler)) {
@@ -337,7 +338,7 @@ void *reader_main(void *arg)
 	while (!atomic_load(&session->stopping)) {
 		struct pollfd fds[2] = {{.fd = session->uffd, .events = POLLIN},
 					{.fd = session->wake_fd, .events = POLLIN}};
-		uint64_t now = now_ns(), wait = session->agent_sock < 0 ? PROBE_NS : ~0ULL;
+		uint64_t now = now_ns(), wait = session->agent_sock < 0 ? probe : ~0ULL;
 		struct timespec timeout;
 
 		if (due && may_copy(session->source)) {
@@ -352,9 +353,11 @@ void *reader_main(void *arg)
 			wait = min_u64(wait, next > now ? next - now : 0);
 		timeout = (struct timespec){(time_t)(wait / 1000000000ULL), (long)(wait % 1000000000ULL)};
 		pulse_wait(session);
-		if (ppoll(fds, 2, wait == ~0ULL ? NULL : &timeout, NULL) == 0 && !next && !ahead &&
-		    !sn_session_alive(session))
-			session_gone(session);
+		if (ppoll(fds, 2, wait == ~0ULL ? NULL : &timeout, NULL) == 0 && !next && !ahead) {
+			probe = min_u64(2 * probe, PROBE_NS);
+			if (!sn_session_alive(session))
+				session_gone(session);
+		}
 		pulse_go_on(session);
 		if (fds[1].revents & POLLIN) {
 			uint64_t count;

@@ -122,3 +122,21 @@ def test_family_that_forks_under_back_to_back_dumps_keeps_its_bytes(family: Targ
     assert dumps.reports
     for pid in children:
         os.kill(pid, signal.SIGTERM)
+
+
+def test_more_children_than_there_are_descriptors_for_are_served_all_the_same() -> None:
+    """The parent waits in its fork until there is room; nobody is left without a session, and the daemon lives."""
+    with Daemon(wrap=few_descriptors) as daemon, Spawner(daemon) as spawn:
+        daemon.allow("Too many open files|the limit of open files stays")
+        hold = spawn("hold", "--mib", 2)
+        for seed in range(200):
+            if seed % 50 == 0:
+                daemon.dump(hold.pid)
+            hold.ask("fork", 3, seed, timeout_s=60)
+        assert daemon.status().totals.sessions > 200
+        hold.quit()
+
+
+def few_descriptors(argv: list[str]) -> list[str]:
+    """Return the command with room for few sessions, which it has no right to raise."""
+    return ["setpriv", "--bounding-set", "-sys_resource", "prlimit", "--nofile=110:110", *argv]
