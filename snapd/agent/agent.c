@@ -350,8 +350,55 @@ out:
 	return ret;
 }
 
+/* The mover may run at real-time priority: spinning it would keep the holder from the CPU. */
+static void kept_lock(struct agent *agent)
+{
+	while (__atomic_exchange_n(&agent->kept_lock, 1, __ATOMIC_ACQUIRE))
+		futex_wait(&agent->kept_lock, 1);
+}
+
+static void kept_unlock(struct agent *agent)
+{
+	__atomic_store_n(&agent->kept_lock, 0, __ATOMIC_RELEASE);
+	futex_wake(&agent->kept_lock);
+}
+
+/* What finds no room goes: then the daemon and its keeper are the only ones that have it. */
+static void keep(struct agent *agent, unsigned long number, int fds[NFDS])
+{
+	kept_lock(agent);
+	for (int i = 0; i < AGENT_KEPT && number && fds[0] >= 0 && fds[1] >= 0; i++)
+		if (!agent->kept[i].number && !agent->kept[i].offered) {
+			agent->kept[i].number = number;
+			agent->kept[i].uffd = fds[0];
+			agent->kept[i].page_map = fds[1];
+			fds[0] = fds[1] = -1;
+		}
+	kept_unlock(agent);
+}
+
+static void close_kept(struct agent *agent, int i)
+{
+	close_fd(&agent->kept[i].uffd);
+	close_fd(&agent->kept[i].page_map);
+}
+
+/* number: of one child, or 0 for all. What is just being offered is closed by who offers it. */
+static void let(struct agent *agent, unsigned long number)
+{
+	kept_lock(agent);
+	for (int i = 0; i < AGENT_KEPT; i++)
+		if (agent->kept[i].number && (!number || agent->kept[i].number == number)) {
+			agent->kept[i].number = 0;
+			if (!agent->kept[i].offered)
+				close_kept(agent, i);
+		}
+	kept_unlock(agent);
+}
+
 static void let_go(struct agent *agent)
 {
+	let(agent, 0);
 	close_fd(&agent->uffd);
 	close_fd(&agent->store);
 	close_fd(&agent->page_map);
@@ -494,6 +541,15 @@ static void mover_main(void *arg)
 			close_fd(&sock);
 			continue;
 		}
+		if (message.kind == SNAPD_KEEP || message.kind == SNAPD_LET) { /* in no turn with commands: no reply */
+			if (message.kind == SNAPD_KEEP)
+				keep(agent, message.value, fds);
+			else if (message.value)
+				let(agent, message.value);
+			for (int i = 0; i < NFDS; i++)
+				close_fd(&fds[i]);
+			continue;
+		}
 		__atomic_store_n(&agent->busy, 1, __ATOMIC_SEQ_CST);
 		execute(agent, &message, fds, sock);
 		__atomic_store_n(&agent->busy, 0, __ATOMIC_SEQ_CST);
@@ -531,6 +587,36 @@ static int say_hello(struct agent *agent, int sock)
 		nfds = NFDS;
 	}
 	return agent_send(sock, &hello, fds, nfds);
+}
+
+/* Children that were kept come by connections of their own; a daemon that has them already drops them. */
+static void offer_kept(struct agent *agent)
+{
+	for (int i = 0; i < AGENT_KEPT; i++) {
+		struct snapd_wire hello = {.kind = SNAPD_HELLO, .addr = agent->sentinel,
+					   .flags = SNAPD_HELLO_SESSION | SNAPD_HELLO_KEPT};
+		int sock = -1, fds[NFDS];
+
+		kept_lock(agent);
+		agent->kept[i].offered = agent->kept[i].number != 0;
+		kept_unlock(agent);
+		if (!agent->kept[i].offered)
+			continue;
+		fds[0] = agent->kept[i].uffd;
+		fds[1] = agent->store;
+		fds[2] = agent->kept[i].page_map;
+		hello.value = (__u64)raw0(__NR_getpid);
+		if (fds[1] >= 0)
+			sock = agent_connect(agent->path);
+		if (sock >= 0)
+			agent_send(sock, &hello, fds, NFDS);
+		close_fd(&sock);
+		kept_lock(agent);
+		agent->kept[i].offered = 0;
+		if (!agent->kept[i].number)
+			close_kept(agent, i);
+		kept_unlock(agent);
+	}
 }
 
 /* Yama lets only a declared tracer read and stop a process of the same user. */
@@ -614,6 +700,7 @@ void agent_main(void *arg)
 			agent->sock = sock;
 			generation = __atomic_add_fetch(&agent->sock_generation, 1, __ATOMIC_SEQ_CST);
 			futex_wake(&agent->sock_generation);
+			offer_kept(agent);
 			wait_hangup(sock);
 			/* A mover that is still inside a command has not taken it: then it is ours to close. */
 			if (__atomic_load_n(&agent->sock_taken, __ATOMIC_SEQ_CST) != generation)

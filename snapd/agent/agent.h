@@ -11,6 +11,8 @@
 #define AGENT_STACK_BYTES (16 * SNAPD_PAGE)
 #define AGENT_PATH_BYTES 108
 
+#define AGENT_KEPT 64
+
 struct agent {
 	char path[AGENT_PATH_BYTES]; /* the daemon's agent socket */
 	unsigned long region, region_bytes;
@@ -27,6 +29,11 @@ struct agent {
 	unsigned int tells;                       /* a program under `snapd run`: a line on stderr is in order */
 	unsigned int delay_ms;                    /* before a child's first connection: most children end sooner */
 	int last_status;
+	unsigned int kept_lock; /* futex */
+	struct {
+		unsigned long number; /* 0: free */
+		int uffd, page_map, offered; /* offered: the connecting thread uses them */
+	} kept[AGENT_KEPT]; /* forked children: without an agent of their own nobody else has them */
 };
 
 void agent_main(void *agent); /* entry of the first thread; never returns */

@@ -29,11 +29,15 @@ enum snapd_wire_kind {
 	SNAPD_FORK_WAIT = 13, /* program: about to fork, all pages must be in first */
 	SNAPD_LEAVE_WAIT = 14, /* program: wants to end its cooperation */
 	SNAPD_FLAGS = 15,     /* daemon: value becomes the agent's flags (SNAPD_FLAG_*) */
+	/* daemon: keep what comes along, a forked child's userfaultfd and page map, until LET; no reply to either */
+	SNAPD_KEEP = 16,
+	SNAPD_LET = 17, /* value: the child's number, as in KEEP */
 };
 
 #define SNAPD_HELLO_BUSY 1u      /* the mover is inside a command of the former daemon */
 #define SNAPD_HELLO_SESSION 2u   /* fds of a live session come along: userfaultfd, store, page map */
 #define SNAPD_HELLO_FORKED 4u    /* started by the fork handler: this memory may have a session already */
+#define SNAPD_HELLO_KEPT 8u      /* not the agent's own session but one of a child, which nobody else may have */
 #define SNAPD_REPLY_MORE 1u      /* runs did not fit: repeat the command, what is done stays done */
 #define SNAPD_FLAG_FORK_WAIT 1u  /* fork handler must ask before it forks */
 

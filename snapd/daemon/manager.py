@@ -41,11 +41,11 @@ from snapd.errors import (
     TargetGone,
     TargetStopped,
 )
-from snapd.protocol.agent import HELLO_FORKED, HELLO_SESSION, Kind, Message
+from snapd.protocol.agent import HELLO_FORKED, HELLO_KEPT, HELLO_SESSION, Kind, Message
 from snapd.protocol.reports import DaemonInfo, DumpProgress, DumpReport, RestoreReport, StatusReport, Totals
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
     from pathlib import Path
 
     from snapd.daemon.agents import AgentSocket
@@ -327,12 +327,16 @@ class Manager:
             return  # the next daemon will have it
         if hello.flags & HELLO_FORKED and not hello.flags & HELLO_SESSION and (child := await self._child_of(peer.pid)):
             await agents.bind(child, sock, hello, peer)
+            await self._let(child)
             log.info(
                 "pid %d (%s): attached, forked from %d",
                 child.pid,
                 child.comm(),
                 child.parent.pid if child.parent else 0,
             )
+            return
+        if hello.flags & HELLO_KEPT:
+            await self._adopt_kept(sock, peer)
             return
         old = self._find(peer.pid)
         if hello.flags & HELLO_SESSION:
@@ -398,7 +402,8 @@ class Manager:
     async def _come_again(self, session: Session | None, sock: AgentSocket, hello: Message, peer: Peer) -> None:
         """The agent of a session of a former daemon has found us."""
         if session is None:
-            session = await self._adopt_held(sock, peer)
+            agents.check_held(sock.files)
+            session = self._having(sock.files) or await self._adopt_held(sock, peer)
         if session.has_agent:
             raise ProtocolError(f"pid {peer.pid} has an agent already")
         async with session.doing(State.RECOVERING):
@@ -411,7 +416,6 @@ class Manager:
         if not procfs.exists(peer.pid):
             raise TargetGone(peer.pid)
         try:
-            agents.check_held(sock.files)
             one = takeover.adopt_held(sock.files, [other.native for other in self._sessions.values()])
         except DamagedPageMapError as error:
             raise ProtocolError(f"what pid {peer.pid} holds can't be believed: {error}") from error
@@ -420,6 +424,34 @@ class Manager:
         keeper.resume(one.native)
         self.adopt([one])
         return self._sessions[one.native.key]
+
+    async def _adopt_kept(self, sock: AgentSocket, peer: Peer) -> None:
+        """A forked child without an agent, of which only its parent's agent has descriptors; or we have it already."""
+        agents.check_held(sock.files)
+        if self._having(sock.files):
+            return
+        child = await self._adopt_held(sock, peer)
+        parent = self._find(peer.pid)
+        if parent is not None and parent.has_agent:
+            async with parent.looking:
+                if parent.state is not State.GONE:
+                    await self._in_thread(parent, partial(parent.native.let, child.former[1]))
+                    await self._in_thread(parent, partial(parent.native.keep, child.native))
+        log.info("a child of pid %d: taken over", peer.pid)
+
+    def _having(self, files: Sequence[int]) -> Session | None:
+        """Return the session whose page map an agent has sent."""
+        page_map = files[2]
+        known = (one for one in self._sessions.values() if os.path.sameopenfile(one.native.descriptors()[1], page_map))
+        return next(known, None)
+
+    async def _let(self, child: Session) -> None:
+        """Nobody need keep a child any longer that has ended, or has an agent of its own."""
+        parent = child.parent
+        if parent is not None and parent.has_agent and parent.state is not State.GONE:
+            async with parent.looking:
+                if parent.native.key in self._sessions:
+                    await self._in_thread(parent, partial(parent.native.let, child.native.number))
 
     async def _former_session(self, child: PageMapInfo) -> Session | None:
         """Return the session, of the same store, whose staging has pages of this child; its agent may come later."""
@@ -471,6 +503,8 @@ class Manager:
             self._ended[session.uid] = self._ended[session.uid].plus(session.totals())
             self.leaving(session.native.number)
             with trio.CancelScope(shield=True):
+                if not session.has_agent:
+                    await self._let(session)
                 async with session.looking:
                     await self._in_thread(session, session.close)
         self._news.set()

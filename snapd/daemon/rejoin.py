@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final
 from snapd.daemon import procfs
 from snapd.daemon.takeover import AGENT
 from snapd.errors import ProtocolError, TargetGone
-from snapd.protocol.agent import HELLO_SESSION, MESSAGE_BYTES, Kind, Message
+from snapd.protocol.agent import HELLO_KEPT, HELLO_SESSION, MESSAGE_BYTES, Kind, Message
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -80,7 +80,7 @@ def _comes_again(sock: socket.socket) -> bool:
         hello = Message.unpack(sock.recv(MESSAGE_BYTES, socket.MSG_PEEK | socket.MSG_DONTWAIT))
     except (ProtocolError, OSError):
         return False
-    return hello.kind is Kind.HELLO and bool(hello.flags & HELLO_SESSION)
+    return hello.kind is Kind.HELLO and hello.flags & (HELLO_SESSION | HELLO_KEPT) == HELLO_SESSION
 
 
 def _take(one: Adopted, pid: int, sock: socket.socket) -> None:

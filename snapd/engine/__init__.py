@@ -406,6 +406,14 @@ class Session:
         """Give a forked child's session its own agent; takes the connection over."""
         lib.sn_session_bind(self.handle, agent_sock, tids)
 
+    def keep(self, child: Session) -> None:
+        """Let the agent keep what a forked child without an agent needs to be served."""
+        lib.sn_session_keep(self.handle, child.handle)
+
+    def let(self, child_number: int) -> None:
+        """Let the agent's copies for a child go, which has ended or has an agent of its own."""
+        lib.sn_session_let(self.handle, child_number)
+
     def alive(self) -> bool:
         """Whether the address space still exists."""
         return bool(lib.sn_session_alive(self.handle))

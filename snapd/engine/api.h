@@ -99,6 +99,10 @@ int sn_session_pid(struct sn_session *session);
 int sn_session_set_pid(struct sn_session *session, int pid);
 /* Gives a forked child's session the agent that the child has started; takes the connection over. */
 void sn_session_bind(struct sn_session *session, int agent_sock, const int *tids);
+/* The agent keeps a forked child's userfaultfd and page map, as it does when the child is forked. */
+void sn_session_keep(struct sn_session *session, struct sn_session *child);
+/* The agent need not keep a forked child any longer: it has ended, or has an agent of its own. */
+void sn_session_let(struct sn_session *session, uint32_t child);
 int sn_session_page_map(struct sn_session *session);
 int sn_session_store_fd(struct sn_session *session);
 int sn_session_uffd(struct sn_session *session);

@@ -479,6 +479,7 @@ int robust_pages(const struct robust *robust, uint64_t *ret, int capacity);
 #define MOVER_SILENT (-EHOSTDOWN) /* it was not sent: the last one's reply has not come, or never will */
 void mover_attach(struct sn_session *session, int agent_sock);
 void mover_detach(struct sn_session *session);
+void mover_keep(struct sn_session *session, const struct sn_session *child);
 void mover_pause(struct sn_session *session); /* before a stop or an unmap */
 void mover_continue(struct sn_session *session);
 int mover_ready(struct sn_session *session); /* 0 when a command may be sent */

@@ -6,8 +6,10 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/sockios.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <sys/time.h>
 #include <unistd.h>
@@ -17,6 +19,7 @@
 #define AGAIN_NS 1000000000ULL
 #define TICK_US 10000 /* packing pauses for no longer wait than this */
 #define STRANGERS 64
+#define FULL_BYTES (32 << 10) /* of a connection, by what is queued for the agent; a command needs room as well */
 #define STATUS_BYTES 8192 /* Seccomp stands behind the list of groups */
 
 void mover_attach(struct sn_session *session, int agent_sock)
@@ -34,14 +37,6 @@ void mover_attach(struct sn_session *session, int agent_sock)
 	session->status_fd = open(path, O_RDONLY | O_CLOEXEC);
 }
 
-void mover_detach(struct sn_session *session)
-{
-	if (session->agent_sock >= 0)
-		close(session->agent_sock);
-	if (session->status_fd >= 0)
-		close(session->status_fd);
-}
-
 /* A filter that the program put on all its threads may kill it for a call of its mover. */
 static bool is_filtered(const struct sn_session *session)
 {
@@ -52,6 +47,74 @@ static bool is_filtered(const struct sn_session *session)
 	text[n > 0 ? n : 0] = 0;
 	line = strstr(text, "\nSeccomp:");
 	return line && atoi(line + sizeof("\nSeccomp:") - 1) != 0;
+}
+
+/* A message beside all commands, which gets no reply: for whoever holds session->lock. One that finds the connection
+ * full would keep a command from being sent. */
+static void tell(struct sn_session *session, struct snapd_wire *message, const int *fds, unsigned int nfds)
+{
+	union {
+		struct cmsghdr header;
+		char room[CMSG_SPACE(2 * sizeof(int))];
+	} control = {.header = {.cmsg_len = CMSG_LEN(nfds * sizeof(int)), .cmsg_level = SOL_SOCKET,
+				.cmsg_type = SCM_RIGHTS}};
+	struct iovec iov = {message, sizeof(*message)};
+	struct msghdr header = {.msg_iov = &iov, .msg_iovlen = 1};
+	int queued = 0;
+
+	if (session->agent_sock < 0 || ioctl(session->agent_sock, SIOCOUTQ, &queued) || queued > FULL_BYTES ||
+	    is_filtered(session)) /* it would die of what it was told */
+		return;
+	message->magic = SNAPD_WIRE_MAGIC;
+	message->version = SNAPD_WIRE_VERSION;
+	if (nfds) {
+		memcpy(CMSG_DATA(&control.header), fds, nfds * sizeof(int));
+		header.msg_control = &control;
+		header.msg_controllen = CMSG_SPACE(nfds * sizeof(int));
+	}
+	while (sendmsg(session->agent_sock, &header, MSG_NOSIGNAL | MSG_DONTWAIT) < 0 && errno == EINTR)
+		;
+}
+
+/* Best effort: when daemon and keeper die together, a child without an agent has nobody else, and would read zeros. */
+void mover_keep(struct sn_session *session, const struct sn_session *child)
+{
+	struct snapd_wire message = {.kind = SNAPD_KEEP, .value = child->number};
+	int fds[2] = {child->uffd, -1};
+	char path[32];
+
+	if (session->agent_sock < 0)
+		return;
+	snprintf(path, sizeof(path), "/proc/self/fd/%d", child->pm.fd);
+	fds[1] = open(path, O_RDONLY | O_CLOEXEC); /* an agent gets no page map that it could write to */
+	if (fds[1] < 0)
+		return;
+	tell(session, &message, fds, 2);
+	close(fds[1]);
+}
+
+void sn_session_keep(struct sn_session *session, struct sn_session *child)
+{
+	pthread_rwlock_rdlock(&session->lock);
+	mover_keep(session, child);
+	pthread_rwlock_unlock(&session->lock);
+}
+
+void sn_session_let(struct sn_session *session, uint32_t child)
+{
+	struct snapd_wire message = {.kind = SNAPD_LET, .value = child};
+
+	pthread_rwlock_rdlock(&session->lock);
+	tell(session, &message, NULL, 0);
+	pthread_rwlock_unlock(&session->lock);
+}
+
+void mover_detach(struct sn_session *session)
+{
+	if (session->agent_sock >= 0)
+		close(session->agent_sock);
+	if (session->status_fd >= 0)
+		close(session->status_fd);
 }
 
 /* Packing pauses while the target stands or its mover runs, but not for one that takes its time. */

@@ -294,6 +294,7 @@ int session_fork(struct sn_session *session, const struct table *from, int uffd)
 		session_free(child);
 		return error;
 	}
+	mover_keep(session, child);
 	child->birth.what = (struct sn_notice){.kind = SN_NOTICE_CHILD, .session = session->id, .child = child};
 	notice_post(&child->birth);
 	return 0;
@@ -349,10 +350,12 @@ int sn_session_set_pid(struct sn_session *session, int pid)
 void sn_session_bind(struct sn_session *session, int agent_sock, const int *tids)
 {
 	pthread_mutex_lock(&session->mover);
+	pthread_rwlock_wrlock(&session->lock); /* the reader tells the agent of children */
 	mover_detach(session);
 	session->agent_tids[0] = tids[0];
 	session->agent_tids[1] = tids[1];
 	mover_attach(session, agent_sock);
+	pthread_rwlock_unlock(&session->lock);
 	pthread_mutex_unlock(&session->mover);
 }
 

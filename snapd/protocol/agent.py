@@ -39,11 +39,14 @@ class Kind(enum.IntEnum):
     FORK_WAIT = 13
     LEAVE_WAIT = 14
     FLAGS = 15
+    KEEP = 16
+    LET = 17
 
 
 HELLO_BUSY: Final = 1
 HELLO_SESSION: Final = 2
 HELLO_FORKED: Final = 4
+HELLO_KEPT: Final = 8
 REPLY_MORE: Final = 1
 FLAG_FORK_WAIT: Final = 1
 

@@ -168,6 +168,23 @@ def test_daemon_and_keeper_die_together(daemon: Daemon, spawn: Spawner) -> None:
         assert churn.result(60)["errors"] == 0
 
 
+def test_a_child_without_an_agent_is_kept_by_its_parents(daemon: Daemon, spawn: Spawner) -> None:
+    """When both die nobody else has its userfaultfd, and the kernel would give it zeros without a word."""
+    family = spawn("family", "--mib", 16, env={"SNAPD_NO_FOLLOW_FORKS": "1"})
+    daemon.dump(family.pid)
+    os.kill(family.pid, signal.SIGUSR2)
+    child = int(family.receive(60)["pid"])
+    daemon.wait_for_session(child)
+    allow_deaths(daemon)
+    with _ended_together(daemon, 2):
+        daemon.wait_for_session(child)
+        for pid in (child, family.pid):
+            os.kill(pid, signal.SIGUSR1)
+            assert family.receive(60)["pid"] == pid
+        os.kill(child, signal.SIGKILL)
+        wait_until(lambda: not daemon.session(child), "the end of the child's session")
+
+
 def test_an_agent_says_when_its_daemon_is_gone_for_good(daemon: Daemon, spawn: Spawner) -> None:
     hold = spawn("hold", "--mib", 8)
     daemon.dump(hold.pid)
