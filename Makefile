@@ -47,8 +47,8 @@ torture: need-stress need-redis build ## dump programs at random while they veri
 sanitize: build ## the engine's C under TSan, ASan and UBSan, against real processes (SANITIZE_S=20 each)
 	@$(BIN)/python -m tests.sanitize
 
-bench: build ## throughput and latencies beside the machine's own limits
-	@$(BIN)/python -m tests.bench
+bench: build ## throughput and latencies beside the machine's own limits (ARGS='--kernel zram' as root)
+	@$(BIN)/snapd bench $(ARGS)
 
 docs: build ## write docs/errors.md from snapd/errors.py
 	@$(BIN)/python docs/make_errors.py
@@ -88,6 +88,7 @@ clean: ## remove .venv and everything that was built
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find snapd tests -name __pycache__ -prune -exec rm -rf {} +
 	find snapd -name '*.so' -delete
+	rm -f snapd/bench/load snapd/bench/raw
 
 # What only the operating system can give is looked for before anything is downloaded.
 .venv/installed: pyproject.toml

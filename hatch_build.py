@@ -38,6 +38,9 @@ AGENT = Path("snapd/agent")
 AGENT_LIBRARY = AGENT / "libsnapd-agent.so"
 FAULTS = Path("build/faults")
 FAULT_POINTS = Path("tests/faults/faultpoint.c")
+BENCH = Path("snapd/bench")
+# Programs: a machine that is measured need not have a compiler.
+BENCH_PROGRAMS = {BENCH / "load": BENCH / "load.c", BENCH / "raw": BENCH / "raw.c"}
 
 MODULE = "snapd.engine._engine"
 GLUE = BUILD / "_engine.c"
@@ -54,6 +57,8 @@ ENGINE_LINK = ["-shared", "-pthread", "-Wl,-z,now,-z,noexecstack"]
 AGENT_FLAGS = ["-O2", "-g", "-std=gnu11", *FREESTANDING, "-fPIC", "-fvisibility=hidden"]
 # -z defs: a call that the compiler invents (memcpy, a libgcc helper) fails here and not in somebody's process.
 AGENT_LINK = ["-nostdlib", "-shared", "-Wl,-z,now,-z,noexecstack,-z,defs"]
+BENCH_FLAGS = ["-O2", "-g", "-std=gnu11", "-pthread", f"-I{AGENT}"]
+BENCH_LINK = ["-pthread"]
 
 
 class Step(NamedTuple):
@@ -144,17 +149,20 @@ def plan(*, syntax_only: bool = False, faults: bool = False) -> tuple[list[Step]
 
     agent = [compile_step(source, [*AGENT_FLAGS, *WARNINGS, *agent_extra]) for source in sources_of(AGENT)]
     engine = [compile_step(source, flags) for source, flags in engine_flags.items()]
+    programs = {} if faults else BENCH_PROGRAMS
+    bench = {program: compile_step(source, [*BENCH_FLAGS, *WARNINGS, *extra]) for program, source in programs.items()}
     if faults:
         agent = []
     if syntax_only:
-        return agent + engine, []
+        return [*agent, *engine, *bench.values()], []
     write_glue()
     engine.append(compile_step(GLUE, [*ENGINE_FLAGS, f"-I{find_python_headers()}", *GLUE_WARNINGS, *extra]))
     module = FAULTS / module_path().name if faults else module_path()
     links = [link_step(engine, module, [*ENGINE_LINK, *extra])]
     if not faults:
         links.append(link_step(agent, AGENT_LIBRARY, [*AGENT_LINK, *agent_extra]))
-    return agent + engine, links
+    links += [link_step([step], program, [*BENCH_LINK, *extra]) for program, step in bench.items()]
+    return [*agent, *engine, *bench.values()], links
 
 
 def sources_of(directory: Path) -> list[Path]:
@@ -248,7 +256,7 @@ def get_build_hook() -> type[BuildHookInterface[Any]]:
     from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
     class NativeBuildHook(BuildHookInterface[Any]):
-        """Builds before the wheel (or the editable install) is put together and adds the two libraries to it."""
+        """Builds before the wheel (or the editable install) is put together and adds what it makes to it."""
 
         def initialize(self, version: str, build_data: dict[str, Any]) -> None:  # noqa: ARG002
             build_data["artifacts"] += [f"/{path}" for path in build()]

@@ -302,6 +302,17 @@ class UnsupportedPlatform(SnapdError):
     exit_code = 42
 
 
+@dataclass(eq=False)
+class SwapUnusable(SnapdError):
+    """Swap on {what} cannot be measured ({reason}): run the bench as root where that is possible, or without
+    --kernel.
+    """
+
+    what: str
+    reason: str
+    exit_code = 43
+
+
 # A mistake of ours.
 
 

@@ -20,6 +20,7 @@ from typing import IO, Any
 from tests.processes import ASK_S, REAP_S, HarnessError, ended, living, signal_group, threads_state
 
 TARGETS = Path(__file__).parent / "targets"
+HEADERS = (*sorted(TARGETS.glob("*.h")), *sorted((Path(__file__).parents[1] / "snapd/bench").glob("*.h")))
 C_FLAGS = ("-std=gnu11", "-O2", "-g", "-pthread")
 DEADLINE_S = 100.0
 """Below pytest's own limit for a test, so that a target which hangs is the first to be ended, with its state shown."""
@@ -31,7 +32,7 @@ def build(name: str, *flags: str) -> Path:
     """Compile tests/targets/NAME.c, or find it compiled: the cache's key is the sources, the compiler and the flags."""
     compiler = os.environ.get("CC", "cc")
     key = hashlib.blake2b(" ".join((compiler, *C_FLAGS, *flags)).encode(), digest_size=12)
-    for source in (TARGETS / f"{name}.c", *sorted(TARGETS.glob("*.h"))):
+    for source in (TARGETS / f"{name}.c", *HEADERS):
         key.update(source.read_bytes())
     cache = _cache()
     binary = cache / key.hexdigest() / name

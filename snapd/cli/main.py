@@ -31,6 +31,7 @@ COMMANDS = {
     "inspect": "Show what is in a snapshot.",
     "status": "Show the managed processes and their figures.",
     "torture": "Run a command and dump random parts of it until it ends.",
+    "bench": "Measure this machine, beside its own limits and the kernel's swap.",
     "doctor": "Show what this machine can and cannot do.",
 }
 """Each command, in the order of the help, with its first line; it is `command` in the module of that name."""

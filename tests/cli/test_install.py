@@ -82,6 +82,11 @@ def test_header_library_and_licence_are_where_others_look(destdir: Path, tmp_pat
     assert subprocess.run([program], env=environ, timeout=60, check=False).returncode == 0, "no agent runs: -ESRCH"
 
 
+def test_programs_of_the_bench_came_along_and_can_be_executed(destdir: Path) -> None:
+    for name in ("load", "raw"):
+        assert os.access(destdir / "usr/lib/heap-snapd/snapd/bench" / name, os.X_OK)
+
+
 def test_everybody_may_read_it_and_nothing_names_the_directory_it_was_made_in(destdir: Path) -> None:
     assert not re.search(str(destdir), (destdir / "usr/bin/snapd").read_text())
     for path in (destdir / "usr").rglob("*"):

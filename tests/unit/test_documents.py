@@ -61,7 +61,7 @@ BYTES: Final = {"u16": 2, "u32": 4, "s32": 4, "u64": 8}
 SUFFIXES: Final = {".c", ".h", ".md", ".py", ".toml", ".varlink"}
 
 RUN_BY: Final = {
-    "make demo": ("tests/kernel/test_demo_and_bench.py", '"tests.demo"'),
+    "make demo": ("tests/kernel/test_demo.py", '"tests.demo"'),
     "make test": (".ci/run", "make test"),
     "pip install .": (".ci/run", 'venv/bin/pip" install'),
     "export SNAPD_RUNTIME_DIR=/run/heap-snapd": ("tests/cli/test_cli.py", "SNAPD_RUNTIME_DIR"),
@@ -79,7 +79,7 @@ RUN_BY: Final = {
 }
 """Who runs a command line that users read: a file, and what of it does. Lines of snapd are parsed as well."""
 
-ONLY_PARSED: Final = {"daemon", "run", "torture", "doctor", "verify", "inspect"}
+ONLY_PARSED: Final = {"daemon", "run", "torture", "bench", "doctor", "verify", "inspect"}
 """Commands that the fake backend of the tests has no part in."""
 
 in_every_document = pytest.mark.parametrize("path", DOCUMENTS, ids=[str(one.relative_to(ROOT)) for one in DOCUMENTS])

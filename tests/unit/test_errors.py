@@ -105,6 +105,13 @@ SENTENCES = {
         ),
     ),
     "UnsupportedPlatform": (42, "snapd does not run on /some/where: use Linux on x86-64 with CPython 3.11 or newer."),
+    "SwapUnusable": (
+        43,
+        (
+            "Swap on /some/where cannot be measured (/some/where): run the bench as root where that is possible, or "
+            "without --kernel."
+        ),
+    ),
     "Internal": (50, "snapd made a mistake of its own (/some/where): please report it together with the daemon's log."),
     "TargetFiltered": (
         60,

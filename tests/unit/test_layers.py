@@ -20,7 +20,7 @@ PACKAGE = Path(snapd.__file__).parent
 LAYERS = (
     {"errors", "pages", "directories"},
     {"store", "engine", "agent", "protocol"},
-    {"daemon", "client", "doctor", "torture"},
+    {"daemon", "client", "doctor", "torture", "bench"},
     {"cli", "__main__"},
 )
 """Modules and packages right below snapd, each in its layer. `snapd` itself (the version) is below all of them."""

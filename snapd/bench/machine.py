@@ -3,6 +3,8 @@
 All of it is from /proc and /sys. Knows nothing of what is measured.
 """
 
+from __future__ import annotations
+
 import os
 import platform
 import resource

@@ -4,26 +4,35 @@
  * samples are in shared memory. Commands are lines on stdin; each reply is one JSON line, and a wrong byte is exit
  * status 1.
  *
- *   touch [--mib 512] [--seed 1]
+ *   load [--mib 512] [--seed 1] [--huge] [--members FILE]
  *
- *   sparse N SEED      reads N different pages in random order
+ * --huge: the heap is of huge pages, where the kernel has them. --members: the control group's file that the pid is
+ * written to before there is a heap.
+ *
+ *   sparse N SEED T    reads N different pages in random order, by T threads at once (1 when left out)
  *   random SEED        reads every page in random order
  *   sequential         reads every page in order of addresses
+ *   set N SEED         reads in random order N pages that are always the same
+ *   change N SEED      rewrites N different pages, which must be as they should
  *   load THREADS RATE  from now on THREADS threads verify and rewrite random pages, RATE a second in all; 0 ends them
- *   stalls             of the load since the last "stalls": how late operations were done; "histogram" by powers of two
+ *   stalls             of the load since the last "stalls": how late operations were done; "series" has the latest
+ *                      operation in each of equal parts of that time
  *   fresh PAGES HOLE   first writes to PAGES fresh pages in a mapping of its own: in a row, or with HOLE in holes of
  *                      HOLE pages between present ones
  *   sum, where, quit   verifies every page; address and size of the heap; as does the end of input
  *
- * The first three reply with "pages", "total_ns" and percentiles of the single touches. */
+ * Those that read reply with "pages", "total_ns" and percentiles of the single touches. "histogram" has pairs: how many
+ * took less than so many ns; four steps for each power of two. */
 #include "content.h"
+#include "samples.h"
+
 #include <getopt.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <sys/prctl.h>
 
 #define MAX_WORKERS 64
-#define MAX_SAMPLES ((size_t)1 << 20)
+#define SET_SEED 20200101u
 #define FRESH_PAGES ((size_t)16384)
 #define ANCHOR_PAGES ((size_t)32) /* makes the mapping of fresh memory one that is worth a dump */
 #define ANCHOR_INDEX 0xa0000000u
@@ -32,13 +41,6 @@ static struct heap heap;
 static uint32_t *order;
 static char *arena;
 
-/* Times of what is being measured; `lost` counts those for which there was no room. */
-static struct samples {
-    pthread_mutex_t lock;
-    size_t n, lost;
-    uint64_t ns[];
-} *samples;
-
 static struct worker {
     pthread_t thread;
     unsigned number;
@@ -46,34 +48,6 @@ static struct worker {
 static unsigned nworkers;
 static uint64_t interval_ns;
 static atomic_bool working;
-
-static void add_sample(uint64_t ns)
-{
-    pthread_mutex_lock(&samples->lock);
-    if (samples->n < MAX_SAMPLES)
-        samples->ns[samples->n++] = ns;
-    else
-        samples->lost++;
-    pthread_mutex_unlock(&samples->lock);
-}
-
-static int compare_ns(const void *left, const void *right)
-{
-    uint64_t a = *(const uint64_t *)left, b = *(const uint64_t *)right;
-    return (a > b) - (a < b);
-}
-
-/* The fields of a reply; the samples are in ascending order, and there is at least one. */
-static void print_percentiles(const uint64_t *ns, size_t n)
-{
-    static const struct {
-        const char *key;
-        size_t share; /* in thousandths */
-    } wanted[] = {{"p50_ns", 500}, {"p90_ns", 900}, {"p99_ns", 990}, {"p999_ns", 999}};
-    for (size_t i = 0; i < COUNT_OF(wanted); i++)
-        printf("\"%s\":%lu,", wanted[i].key, ns[n * wanted[i].share / 1000]);
-    printf("\"max_ns\":%lu", ns[n - 1]);
-}
 
 /* ---- touches ---- */
 
@@ -90,10 +64,11 @@ static void shuffle(size_t count, uint64_t seed)
     }
 }
 
-static void do_touch(size_t count)
+/* Reads the pages order[from] to order[to - 1]; each sample has the place of its page. */
+static void touch_pages(size_t from, size_t to)
 {
-    uint64_t begin_ns = now_ns(), last_ns = begin_ns;
-    for (size_t i = 0; i < count; i++) {
+    uint64_t last_ns = now_ns();
+    for (size_t i = from; i < to; i++) {
         size_t page = order[i];
         struct identity identity = heap.identity[page];
         uint64_t word = *(volatile uint64_t *)(heap.at + page * PAGE);
@@ -104,23 +79,90 @@ static void do_touch(size_t count)
         samples->ns[i] = now - last_ns;
         last_ns = now;
     }
+}
+
+static struct toucher {
+    pthread_t thread;
+    size_t from, to;
+} touchers[MAX_WORKERS];
+static pthread_barrier_t touchers_start;
+
+static void *touch(void *argument)
+{
+    const struct toucher *toucher = argument;
+    pthread_barrier_wait(&touchers_start);
+    touch_pages(toucher->from, toucher->to);
+    return NULL;
+}
+
+/* Reads `count` pages of `order` by some threads; returns how long that took. */
+static uint64_t touch_by_threads(size_t count, unsigned threads)
+{
+    pthread_barrier_init(&touchers_start, NULL, threads + 1);
+    for (unsigned i = 0; i < threads; i++) {
+        touchers[i].from = count * i / threads;
+        touchers[i].to = count * (i + 1) / threads;
+        if (pthread_create(&touchers[i].thread, NULL, touch, &touchers[i]) != 0)
+            fail("FAILED pthread_create");
+    }
+    pthread_barrier_wait(&touchers_start);
+    uint64_t begin_ns = now_ns();
+    for (unsigned i = 0; i < threads; i++)
+        pthread_join(touchers[i].thread, NULL);
+    uint64_t took_ns = now_ns() - begin_ns;
+    pthread_barrier_destroy(&touchers_start);
+    return took_ns;
+}
+
+static void do_touch(size_t count, unsigned threads)
+{
+    uint64_t took_ns;
+    if (threads > 1) {
+        took_ns = touch_by_threads(count, threads);
+    } else {
+        uint64_t begin_ns = now_ns();
+        touch_pages(0, count);
+        took_ns = now_ns() - begin_ns;
+    }
     qsort(samples->ns, count, sizeof samples->ns[0], compare_ns);
-    printf("{\"ok\":true,\"pages\":%zu,\"total_ns\":%lu,", count, last_ns - begin_ns);
+    printf("{\"ok\":true,\"pages\":%zu,\"total_ns\":%lu,", count, took_ns);
     print_percentiles(samples->ns, count);
+    print_histogram(samples->ns, count);
     puts("}");
     fflush(stdout);
 }
 
-/* ---- load ---- */
+/* The set is chosen by a seed of its own; only its order is another each time. */
+static void choose_set(size_t count, uint64_t seed)
+{
+    shuffle(count, SET_SEED);
+    struct rng rng = {mix64(seed)};
+    for (size_t i = 0; i < count; i++) {
+        size_t other = i + rng_below(&rng, count - i);
+        uint32_t page = order[i];
+        order[i] = order[other];
+        order[other] = page;
+    }
+}
 
-static void rewrite_page(size_t page)
+static void rewrite_page(size_t page, const char *after)
 {
     struct identity *identity = &heap.identity[page];
-    heap_verify_page(&heap, page, "load");
+    heap_verify_page(&heap, page, after);
     identity->generation++;
     identity->index = (uint32_t)page;
     fill_page(heap.at + page * PAGE, heap.seed, *identity);
 }
+
+static void do_change(size_t count, uint64_t seed)
+{
+    shuffle(count, seed);
+    for (size_t i = 0; i < count; i++)
+        rewrite_page(order[i], "change");
+    reply("\"pages\":%zu", count);
+}
+
+/* ---- load ---- */
 
 /* An operation is as late as the program's user feels it: from when it was due, not from when its turn came. */
 static void *work(void *argument)
@@ -133,8 +175,8 @@ static void *work(void *argument)
         struct timespec due = {.tv_sec = (time_t)(due_ns / NS_PER_S), .tv_nsec = (long)(due_ns % NS_PER_S)};
         while (clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &due, NULL) == EINTR) {
         }
-        rewrite_page(rng_below(&rng, heap.npages / nworkers) * nworkers + worker->number);
-        add_sample(now_ns() - due_ns);
+        rewrite_page(rng_below(&rng, heap.npages / nworkers) * nworkers + worker->number, "load");
+        add_sample(due_ns, now_ns() - due_ns);
         due_ns += interval_ns;
     }
     return NULL;
@@ -156,6 +198,7 @@ static void do_load(uint64_t threads, uint64_t rate)
     }
     end_load();
     samples->n = samples->lost = 0;
+    samples->since_ns = now_ns();
     nworkers = (unsigned)threads;
     interval_ns = threads ? NS_PER_S * threads / rate : 0;
     atomic_store(&working, true);
@@ -167,37 +210,28 @@ static void do_load(uint64_t threads, uint64_t rate)
     reply("\"threads\":%u", nworkers);
 }
 
-static void print_histogram(const uint64_t *ns, size_t n)
-{
-    printf("\"histogram\":[");
-    for (size_t i = 0, upper = 1024; i < n; upper *= 2) {
-        size_t first = i;
-        while (i < n && ns[i] < upper)
-            i++;
-        if (i > first)
-            printf("%s[%zu,%zu]", first ? "," : "", upper, i - first);
-    }
-    printf("]");
-}
-
 static void do_stalls(void)
 {
-    uint64_t *ns = shared_alloc(MAX_SAMPLES * sizeof *ns);
+    uint64_t *copy = shared_alloc(2 * MAX_SAMPLES * sizeof *copy), *ns = copy, *due_ns = copy + MAX_SAMPLES;
     pthread_mutex_lock(&samples->lock);
     size_t n = samples->n, lost = samples->lost;
+    uint64_t since_ns = samples->since_ns, until_ns = now_ns();
     memcpy(ns, samples->ns, n * sizeof *ns);
+    memcpy(due_ns, due, n * sizeof *due_ns);
     samples->n = samples->lost = 0;
+    samples->since_ns = until_ns;
     pthread_mutex_unlock(&samples->lock);
+    printf("{\"ok\":true,\"operations\":%zu,\"lost\":%zu", n, lost);
+    print_series(due_ns, ns, n, since_ns, until_ns);
     qsort(ns, n, sizeof *ns, compare_ns);
-    printf("{\"ok\":true,\"operations\":%zu,\"lost\":%zu,", n, lost);
     if (n) {
-        print_percentiles(ns, n);
         printf(",");
+        print_percentiles(ns, n);
     }
     print_histogram(ns, n);
     puts("}");
     fflush(stdout);
-    munmap(ns, MAX_SAMPLES * sizeof *ns);
+    munmap(copy, 2 * MAX_SAMPLES * sizeof *copy);
 }
 
 /* ---- fresh memory ---- */
@@ -261,30 +295,47 @@ static void do_fresh(size_t count, size_t hole)
     qsort(samples->ns, done, sizeof samples->ns[0], compare_ns);
     printf("{\"ok\":true,\"pages\":%zu,\"total_ns\":%lu,", done, last_ns - begin_ns);
     print_percentiles(samples->ns, done);
+    print_histogram(samples->ns, done);
     puts("}");
     fflush(stdout);
 }
 
 /* ---- commands ---- */
 
+static bool is_share(const char *name, uint64_t count)
+{
+    if (count > 0 && count <= heap.npages)
+        return true;
+    reply_error("%s wants a number of pages that the heap has", name);
+    return false;
+}
+
 /* What cannot be while a load changes pages and takes samples; an error was replied when this says no. */
-static void run_quiet_command(const char *name, uint64_t first, uint64_t second)
+static void run_quiet_command(const char *name, uint64_t first, uint64_t second, uint64_t third)
 {
     if (nworkers) {
         reply_error("a load runs");
     } else if (strcmp(name, "sparse") == 0) {
-        if (first == 0 || first > heap.npages) {
-            reply_error("sparse wants a number of pages that the heap has");
-            return;
+        if (third > MAX_WORKERS) {
+            reply_error("sparse wants up to %d threads", MAX_WORKERS);
+        } else if (is_share(name, first)) {
+            shuffle(first, second);
+            do_touch(first, (unsigned)third);
         }
-        shuffle(first, second);
-        do_touch(first);
     } else if (strcmp(name, "random") == 0) {
         shuffle(heap.npages, first);
-        do_touch(heap.npages);
+        do_touch(heap.npages, 1);
     } else if (strcmp(name, "sequential") == 0) {
         shuffle(0, 0);
-        do_touch(heap.npages);
+        do_touch(heap.npages, 1);
+    } else if (strcmp(name, "set") == 0) {
+        if (is_share(name, first)) {
+            choose_set(first, second);
+            do_touch(first, 1);
+        }
+    } else if (strcmp(name, "change") == 0) {
+        if (is_share(name, first))
+            do_change(first, second);
     } else if (strcmp(name, "fresh") == 0) {
         do_fresh(first, second);
     } else if (strcmp(name, "sum") == 0) {
@@ -303,29 +354,39 @@ static void run_command(const struct command *command)
     else if (strcmp(command->name, "where") == 0)
         reply("\"address\":%lu,\"bytes\":%lu", (unsigned long)heap.at, heap.npages * PAGE);
     else
-        run_quiet_command(command->name, command->argument[0], command->argument[1]);
+        run_quiet_command(command->name, command->argument[0], command->argument[1], command->argument[2]);
+}
+
+static void join_group(const char *members)
+{
+    FILE *file = fopen(members, "w");
+    if (!file || fprintf(file, "%d\n", (int)getpid()) < 0 || fclose(file) != 0)
+        fail_errno(members);
 }
 
 int main(int argc, char **argv)
 {
-    static const struct option known[] = {{"mib", 1, NULL, 'm'}, {"seed", 1, NULL, 's'}, {0}};
+    static const struct option known[] = {{"mib", 1, NULL, 'm'}, {"seed", 1, NULL, 's'}, {"huge", 0, NULL, 'h'},
+                                          {"members", 1, NULL, 'g'}, {0}};
     size_t mib = 512;
+    bool huge = false;
     uint64_t seed = 1;
     for (int option; (option = getopt_long(argc, argv, "", known, NULL)) != -1;) {
         switch (option) {
         case 'm': mib = parse_number("--mib", optarg); break;
         case 's': seed = parse_number("--seed", optarg); break;
+        case 'h': huge = true; break;
+        case 'g': join_group(optarg); break;
         default: return 2;
         }
     }
     if (mib == 0 || mib * MIB / PAGE > MAX_SAMPLES)
         fail("--mib must be from 1 to %zu", MAX_SAMPLES * PAGE / MIB);
-    samples = shared_alloc(sizeof *samples + MAX_SAMPLES * sizeof samples->ns[0]);
+    samples_init(mib * MIB / PAGE);
     order = shared_alloc(mib * MIB / PAGE * sizeof *order);
-    /* The first use of what holds the samples must not be in one of them. */
-    memset(samples->ns, 1, MAX_SAMPLES * sizeof samples->ns[0]);
-    pthread_mutex_init(&samples->lock, NULL);
-    heap_init(&heap, mib * MIB, seed, false);
+    heap_init(&heap, mib * MIB, seed, huge);
+    keep(order, heap.npages * sizeof *order);
+    keep(heap.identity, heap.npages * sizeof *heap.identity);
     arena_init();
     reply("\"ready\":true,\"pid\":%d", (int)getpid());
     struct command command;

@@ -3,7 +3,7 @@
  * thread's CPU, asleep on another CPU, and spinning there. One JSON line on stdout; times are nanoseconds.
  *
  *   raw [--mib 512] [--faults 2000] */
-#include "../targets/content.h"
+#include "content.h"
 
 #include "uapi.h"
 
