@@ -156,19 +156,19 @@ static bool unchanged(struct sn_session *session, const struct run *run, uint64_
 int bulk_copy(struct bulk *bulk, const struct run *run, uint64_t good)
 {
 	struct sn_session *session = bulk->session;
-	uint64_t from = 0;
+	uint64_t from = 0, most = good;
 	int tries = 0;
 
 	while (from < good) {
-		uint64_t done = 0, address = run->start + from * PAGE;
+		uint64_t done = 0, address = run->start + from * PAGE, count = min_u64(good - from, most);
 		enum uffd_result result = UFFD_DONE;
 		bool same;
 
 		pthread_rwlock_rdlock(&session->lock);
 		/* Decoding took its time: the program may have installed a guard meanwhile. */
-		same = unchanged(session, run, from, good - from) && !memory_has_guard(session, address, good - from);
+		same = unchanged(session, run, from, count) && !memory_has_guard(session, address, count);
 		if (same) {
-			result = uffd_copy(session->uffd, address, bulk->pages + from * PAGE, (good - from) * PAGE,
+			result = uffd_copy(session->uffd, address, bulk->pages + from * PAGE, count * PAGE,
 					   bulk->keep_frames ? SNAPD_UFFDIO_COPY_MODE_WP : 0, &done);
 			FAULT_POINT(FP_RESTORED);
 			came_in(bulk, run, from, done / PAGE);
@@ -182,6 +182,14 @@ int bulk_copy(struct bulk *bulk, const struct run *run, uint64_t good)
 		if (!same)
 			return 0; /* the caller looks anew */
 		from += done / PAGE;
+		/* A record may be of mappings side by side, and a COPY across their edge does nothing at all. One page
+		 * that is in none is nobody's to fill. */
+		if (result == UFFD_UNMAPPED && !done) {
+			from += count == 1;
+			most = max_u64(count / 2, 1);
+			continue;
+		}
+		most = max_u64(most, 2 * done / PAGE);
 		if (done)
 			tries = 0;
 		else if (result == UFFD_GONE)
@@ -190,7 +198,7 @@ int bulk_copy(struct bulk *bulk, const struct run *run, uint64_t good)
 			return -ENOMEM;
 		else if (bulk->keep_frames) /* the reader's own thread: an event waits for it */
 			return -EAGAIN;
-		else if (result == UFFD_UNMAPPED || ++tries > MAX_TRIES)
+		else if (++tries > MAX_TRIES)
 			return 0;
 		else
 			usleep(RETRY_US);

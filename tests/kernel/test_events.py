@@ -126,6 +126,19 @@ def test_fresh_mapping_over_dumped_pages_is_zero(steps: Target, daemon: Daemon, 
     everything_right(steps)
 
 
+@pytest.mark.parametrize("how", ["hole", "over"])
+def test_heap_that_has_become_several_mappings_comes_back_whole(steps: Target, daemon: Daemon, how: str) -> None:
+    """Their entries follow each other, so runs of pages go over the edges."""
+    steps.ask(how, 1000, 300)
+    steps.ask("write", HEAP_PAGES, 5)
+    for _ in range(2):
+        daemon.dump(steps.pid)
+        assert out_bytes(daemon, steps.pid) > 0.9 * HEAP_MIB * MIB
+        daemon.restore(steps.pid)
+        assert out_bytes(daemon, steps.pid) == 0
+        everything_right(steps)
+
+
 def test_fresh_mapping_that_nobody_watched_keeps_what_was_written_to_it(steps: Target, daemon: Daemon) -> None:
     steps.ask("hole", 0, HEAP_PAGES)
     steps.ask("write", HEAP_PAGES, 4)
