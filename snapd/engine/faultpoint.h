@@ -65,6 +65,7 @@ enum fault_point {
 	FP_SERVING = 63,
 	FP_CUT_SEEN = 64, /* the program runs: looked, and not settled */
 	FP_CUT_MOVED = 65,
+	FP_RING_LEFT = 66, /* nothing of the former daemon's ring is applied */
 	/* the store's room, and a snapshot */
 	FP_RESERVE = 70, /* errors */
 	FP_COMPACT_WRITTEN = 71,

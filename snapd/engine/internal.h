@@ -262,7 +262,7 @@ struct sn_session {
 	struct notice birth, end;
 	uint32_t number;   /* in the registry */
 	atomic_bool cut;   /* a former daemon died in a stop: its pages wait for sn_session_recover */
-	bool adopted;	   /* of a former daemon: its ring may have events that were not applied */
+	atomic_bool adopted; /* of a former daemon: its ring may have events that were not applied */
 	atomic_int pid;
 	int uffd, agent_sock, wake_fd;
 	atomic_int maps_fd, pagemap_fd, mem_fd, process_fd; /* of the userfaultfd's own, or -1: memory.c */
@@ -400,6 +400,7 @@ void hold_release(struct sn_session *session);
 
 /* reader.c */
 void *reader_main(void *session);
+bool ring_is_applied(const struct sn_session *session); /* what a former daemon had read; waits for it a while */
 
 /* fill.c */
 enum fill_result { FILL_DONE, FILL_LATER, FILL_NO_MEMORY, FILL_TROUBLE, FILL_WOULD_BLOCK, FILL_GONE };

@@ -17,6 +17,8 @@
 #define PROBE_NS 500000000ULL
 #define COPY_TRIES 20
 #define SOURCE_NS 2000000ULL
+#define RING_TRIES 5000
+#define RING_PAUSE_US 200
 #define WAKE_START 0x10000ULL /* all that a program can map */
 #define WAKE_END 0x7ffffffff000ULL
 
@@ -134,11 +136,19 @@ static void drain(struct sn_session *session, struct pending *pending)
 /* Faults that the former daemon had read are answered by nobody: all that wait ask again. */
 static void take_over(struct sn_session *session, struct pending *pending)
 {
+	FAULT_POINT(FP_RING_LEFT);
 	drain(session, pending);
 	FAULT_POINT(FP_RING_APPLIED);
 	session->adopted = false;
 	keeper_ring_is_read(session->number);
 	uffd_wake(session->uffd, WAKE_START, WAKE_END - WAKE_START);
+}
+
+bool ring_is_applied(const struct sn_session *session)
+{
+	for (int tries = 0; session->adopted && tries < RING_TRIES && !atomic_load(&session->stopping); tries++)
+		usleep(RING_PAUSE_US);
+	return !session->adopted;
 }
 
 /* A fault where there is no record: the mapping has grown in place. */

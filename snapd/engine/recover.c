@@ -49,7 +49,8 @@ static struct intent *intent_at(struct sn_session *session, int i)
 	return &session->pm.header->intents[i];
 }
 
-/* Marks [start, end) as moving, and says in which aside its pages may be. */
+/* Marks [start, end) as moving, and says in which aside its pages may be. Without one a record goes on saying what it
+ * says: a span that was not moved, because its pages are in another's aside or staging already, is in the piece too. */
 static void claim(struct sn_session *session, struct table *table, uint64_t start, uint64_t end, uint64_t aside)
 {
 	struct record *parts = session->scratch;
@@ -59,7 +60,7 @@ static void claim(struct sn_session *session, struct table *table, uint64_t star
 		for (uint64_t k = 0; parts[i].first != NO_ENTRIES && k < parts[i].npages; k++)
 			atomic_fetch_or(&session->pm.entries[parts[i].first + k], ENTRY_MOVING);
 		if (parts[i].first != NO_ENTRIES)
-			parts[i].aside = aside ? aside + (parts[i].start - start) : 0;
+			parts[i].aside = aside ? aside + (parts[i].start - start) : parts[i].aside;
 		pm_insert(table, parts[i]);
 	}
 }
@@ -568,6 +569,10 @@ static int recover(struct sn_session *session)
 	struct snapd_wire ping = {.kind = SNAPD_PING};
 	int outcome, error;
 
+	/* Where the last move went may stand in the ring only: nobody knows of its aside then, and what is in it would
+	 * pass for what was never moved. */
+	if (!ring_is_applied(session))
+		return SN_BUSY;
 	/* Its answer says that the mover is through with what the former daemon wanted of it. One that was ended since,
 	 * or that a filter would kill, is none to wait for. */
 	error = session->mover_ended ? 0 : mover_call(session, &ping);

@@ -157,6 +157,9 @@ int sn_restore(struct sn_session *session, uint64_t start, uint64_t end, uint64_
 	struct restore restore = {.session = session, .lock = PTHREAD_MUTEX_INITIALIZER, .end = end};
 	int nhelpers = (int)min_u64((uint64_t)cpus(), min_u64(MAX_WORKERS, (end - start) / (RUN_PAGES * PAGE))) - 1;
 
+	/* A discard that the former daemon had read would come back. */
+	if (!ring_is_applied(session))
+		restore.error = -EBUSY;
 	/* What a pass leaves behind (an entry that changed under it) the next one takes: little, so alone. */
 	for (int pass = 0; pass < PASSES && !restore.error; pass++) {
 		restore.at = start;

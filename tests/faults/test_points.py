@@ -17,7 +17,7 @@ import snapd.engine
 from snapd.errors import SnapdError
 from snapd.protocol.options import DumpOptions
 from tests.faults.deaths import SETTLED_S, allow_deaths
-from tests.faults.plan import FAULTS, Plan, Step
+from tests.faults.plan import FAULTS, Action, Plan, Step
 from tests.harness import Daemon, HarnessError, Spawner, Target, wait_until
 from tests.kernel.driving import MIB, RunningDump, out_bytes
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 HEAP_MIB: Final = 8
 HEAP_PAGES: Final = HEAP_MIB * 256
 SLOW_LEVEL: Final = 19
+LATE_MS: Final = 500
+"""An agent comes again sooner than that."""
 YOUNG_DEATHS: Final = 3
 """After so many deaths in a row a daemon is left alone for a second, or its keeper makes the next one wait."""
 
@@ -262,6 +264,13 @@ CUTS: Final = ("OWN_MOVE_READ", "MOVED", "PINNED", "SETTLING")
 @pytest.mark.parametrize("point", IN_A_RECOVERY)
 def test_in_a_takeover(scene: Scene, point: str) -> None:
     scene.dies_at(Step("MOVED"), Step(point), doing=dumping)
+
+
+@pytest.mark.parametrize("skip", [0, 1, 2])
+def test_last_move_of_a_cut_stop_stands_in_the_ring_only(scene: Scene, skip: int) -> None:
+    """Its reader is late; the mover needs nothing of it, and answers the successor at once."""
+    late = Step("RING_LEFT", Action.DELAY, LATE_MS)
+    scene.dies_at(Step("OWN_MOVE_READ", skip=skip), late, doing=dumping_often)
 
 
 @pytest.mark.parametrize("point", IN_ITS_STOP)
