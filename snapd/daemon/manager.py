@@ -433,8 +433,8 @@ class Manager:
         child = await self._adopt_held(sock, peer)
         parent = self._find(peer.pid)
         if parent is not None and parent.has_agent:
-            async with parent.looking:
-                if parent.state is not State.GONE:
+            async with child.looking, parent.looking:  # either may end meanwhile
+                if all(one in self._sessions.values() for one in (parent, child)):
                     await self._in_thread(parent, partial(parent.native.let, child.former[1]))
                     await self._in_thread(parent, partial(parent.native.keep, child.native))
         log.info("a child of pid %d: taken over", peer.pid)
@@ -447,11 +447,11 @@ class Manager:
 
     async def _let(self, child: Session) -> None:
         """Nobody need keep a child any longer that has ended, or has an agent of its own."""
-        parent = child.parent
+        parent, number = child.parent, child.native.number
         if parent is not None and parent.has_agent and parent.state is not State.GONE:
             async with parent.looking:
-                if parent.native.key in self._sessions:
-                    await self._in_thread(parent, partial(parent.native.let, child.native.number))
+                if parent in self._sessions.values():
+                    await self._in_thread(parent, partial(parent.native.let, number))
 
     async def _former_session(self, child: PageMapInfo) -> Session | None:
         """Return the session, of the same store, whose staging has pages of this child; its agent may come later."""
