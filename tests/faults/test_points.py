@@ -6,6 +6,7 @@ One daemon after the other serves one program, which verifies all its memory aft
 from __future__ import annotations
 
 import contextlib
+import errno
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import snapd.engine
 from snapd.errors import SnapdError
 from snapd.protocol.options import DumpOptions
 from tests.faults.deaths import SETTLED_S, allow_deaths
-from tests.faults.plan import FAULTS, Action, Plan, Step
+from tests.faults.plan import FAULTS, Action, Plan, Step, fails
 from tests.harness import Daemon, HarnessError, Spawner, Target, wait_until
 from tests.kernel.driving import MIB, RunningDump, out_bytes
 
@@ -271,6 +272,17 @@ def test_last_move_of_a_cut_stop_stands_in_the_ring_only(scene: Scene, skip: int
     """Its reader is late; the mover needs nothing of it, and answers the successor at once."""
     late = Step("RING_LEFT", Action.DELAY, LATE_MS)
     scene.dies_at(Step("OWN_MOVE_READ", skip=skip), late, doing=dumping_often)
+
+
+def test_span_of_a_cut_stop_whose_pages_were_aside_already(scene: Scene) -> None:
+    """They could not be stored, and could not return: the stop has left the span alone, and its successor does."""
+    scene.daemon.allow("a piece stays aside")
+    scene.target.ask("write", HEAP_PAGES, 7)
+    scene.plan.arm(Step("FRAMES_WRITE", Action.ERROR, errno.ENOSPC), fails("FILLING"))
+    scene.dump()
+    scene.plan.disarm()
+    scene.target.ask("write", 100, 8)
+    scene.dies_at(Step("MOVED"), doing=Scene.dump)
 
 
 @pytest.mark.parametrize("point", IN_ITS_STOP)
