@@ -42,7 +42,7 @@ type: build ## mypy --strict
 	@$(BIN)/mypy
 
 torture: need-stress need-redis build ## dump programs at random while they verify themselves, TORTURE_S (600) seconds
-	@$(BIN)/pytest -m torture $(ARGS)
+	@$(BIN)/pytest -m torture -o faulthandler_timeout=4000 $(ARGS)
 
 sanitize: build ## the engine's C under TSan, ASan and UBSan, against real processes (SANITIZE_S=20 each)
 	@$(BIN)/python -m tests.sanitize
