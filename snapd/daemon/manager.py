@@ -94,6 +94,7 @@ class Manager:
         self._room = room
         self._nursery = nursery
         self._sessions: dict[int, Session] = {}  # by the engine's key
+        self._adopting: set[int] = set()  # page maps, by inode: two offers of one must not become two sessions
         self._refusals = Refusals()
         self._repeats = Repeats()
         self._tidying: set[int] = set()
@@ -415,20 +416,28 @@ class Manager:
         """Nobody but the agent has kept the session: daemon and keeper died together."""
         if not procfs.exists(peer.pid):
             raise TargetGone(peer.pid)
+        page_map = os.fstat(sock.files[2]).st_ino
+        if page_map in self._adopting:
+            raise ProtocolError(f"pid {peer.pid} has offered the same session before")
+        self._adopting.add(page_map)
         try:
             one = takeover.adopt_held(sock.files, [other.native for other in self._sessions.values()])
+            if one.info.source and (source := await self._former_session(one.info)):
+                keeper.depend(one.native, source.native)
+            keeper.resume(one.native)
+            self.adopt([one])
         except DamagedPageMapError as error:
             raise ProtocolError(f"what pid {peer.pid} holds can't be believed: {error}") from error
-        if one.info.source and (source := await self._former_session(one.info)):
-            keeper.depend(one.native, source.native)
-        keeper.resume(one.native)
-        self.adopt([one])
+        finally:
+            self._adopting.discard(page_map)
         return self._sessions[one.native.key]
 
     async def _adopt_kept(self, sock: AgentSocket, peer: Peer) -> None:
         """A forked child without an agent, of which only its parent's agent has descriptors; or we have it already."""
         agents.check_held(sock.files)
-        if self._having(sock.files):
+        # Of one that has ended its former session may still be on its way out, with the same page map.
+        known = self._having(sock.files) or os.fstat(sock.files[2]).st_ino in self._adopting
+        if known or not engine.uffd_lives(sock.files[0]):
             return
         child = await self._adopt_held(sock, peer)
         parent = self._find(peer.pid)

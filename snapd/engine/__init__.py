@@ -237,6 +237,11 @@ def uffd_api(uffd: int, *, with_fork: bool) -> int:
     return int(features[0])
 
 
+def uffd_lives(uffd: int) -> bool:
+    """Whether the address space of a userfaultfd still exists."""
+    return bool(lib.sn_uffd_lives(uffd))
+
+
 def uffd_register(uffd: int, start: int, length: int) -> None:
     """Watch one whole mapping for missing pages and writes; OSError (EBUSY: another userfaultfd has it)."""
     check(lib.sn_uffd_register(uffd, start, length))

@@ -114,6 +114,8 @@ int sn_session_alive(struct sn_session *session);
 int sn_session_gets_on(struct sn_session *session); /* 0 when the reader did nothing since the last call, and should */
 int sn_session_mark(struct sn_session *session, int on); /* write-protects the sentinel page, or not */
 
+/* Whether the address space of a userfaultfd still exists. */
+int sn_uffd_lives(int uffd);
 int sn_uffd_api(int uffd, int with_fork, uint64_t *ret_features);
 int sn_uffd_register(int uffd, uint64_t start, uint64_t length);
 int sn_same_memory(int pid, int other); /* 1 when both processes share one address space */

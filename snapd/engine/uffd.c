@@ -72,6 +72,11 @@ bool uffd_changing(int uffd)
 	return ioctl(uffd, SNAPD_UFFDIO_ZEROPAGE, &none) && errno == EAGAIN;
 }
 
+int sn_uffd_lives(int uffd)
+{
+	return uffd_zero(uffd, 0, PAGE) != UFFD_GONE;
+}
+
 int uffd_register(int uffd, uint64_t start, uint64_t bytes, uint64_t mode)
 {
 	struct snapd_uffd_register range = {.range = {start, bytes}, .mode = mode};
