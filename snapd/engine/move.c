@@ -481,8 +481,17 @@ static void pin_pass(struct sn_piece *piece)
 		pin_runs(piece, pairs, npairs);
 }
 
-/* What the pin pass was told is one thing, what is in the aside another: a page that is still there is not in the
- * staging, and would be dropped with the aside. */
+static bool is_present(struct sn_session *session, uint64_t address)
+{
+	const uint64_t there = SNAPD_PAGE_IS_PRESENT | SNAPD_PAGE_IS_SWAPPED;
+	struct snapd_page_region region;
+
+	return pagemap_scan(session->pagemap_fd, address, address + PAGE, there, there, 1, &region, 1, NULL) > 0;
+}
+
+/* What the pin pass was told is one thing, what is in the aside another: a page that is still there and not in the
+ * staging would be dropped with the aside. One that is in both was brought into the aside since, by somebody who reads
+ * all of the program's memory: what the program had is in the staging. */
 static void check_moved(struct sn_piece *piece, struct span *span)
 {
 	long n = -ENOMEM;
@@ -495,7 +504,13 @@ static void check_moved(struct sn_piece *piece, struct span *span)
 				 piece->regions, piece->npages + 1, NULL);
 	}
 	for (long i = 0; i < n; i++)
-		mark(piece, piece->regions[i].start, piece->regions[i].end - piece->regions[i].start, PINNED);
+		for (uint64_t at = piece->regions[i].start; at < piece->regions[i].end; at += PAGE) {
+			uint64_t page = (at - span->aside) / PAGE;
+			uint8_t *decision = &piece->decisions[span->base + page];
+
+			if (*decision == DIRTY && !is_present(piece->session, span->staging + page * PAGE))
+				*decision = PINNED;
+		}
 	span->keep_aside |= n < 0;
 }
 

@@ -9,6 +9,7 @@ import os
 import random
 import re
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -100,6 +101,12 @@ class Killer:
         )
 
 
+_INTENT: Final = struct.Struct("5Q")
+INTENTS_AT: Final = 104
+MAX_INTENTS: Final = 80
+"""Where a page map's header has what is on its way: `struct page_map_header`."""
+
+
 class PageMap:
     """A target's page map as its agent holds it, for who wants to see how far a dump is."""
 
@@ -117,6 +124,11 @@ class PageMap:
     def phases(self) -> dict[str, int]:
         """Return how many spans are in which phase."""
         return keeper.look(self._fd).phases
+
+    def asides(self) -> list[tuple[int, int]]:
+        """Return address and pages of each aside that a stop has made and that was not dropped."""
+        intents = _INTENT.iter_unpack(os.pread(self._fd, MAX_INTENTS * _INTENT.size, INTENTS_AT))
+        return [(aside, npages) for _, _, npages, aside, _ in intents if aside]
 
     def wait_for(self, phases: Collection[str], timeout_s: float = 20) -> None:
         """Spin until a span is in one of these phases: sleeping would miss it."""

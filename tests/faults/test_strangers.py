@@ -1,0 +1,58 @@
+"""Others who read all of a program's memory, in the very middle of a stop: what they bring in is not the program's."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from typing import TYPE_CHECKING, Final
+
+from tests.faults.deaths import PageMap
+from tests.faults.plan import Action, Plan, Step
+from tests.harness import Daemon, Spawner, wait_until
+from tests.kernel.driving import PAGE
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from snapd.protocol.reports import DumpReport
+
+STANDS_MS: Final = 1000
+HEAP_MIB: Final = 2
+
+
+class _Iovec(ctypes.Structure):
+    _fields_ = (("base", ctypes.c_uint64), ("length", ctypes.c_size_t))
+
+
+def read(pid: int, address: int, npages: int) -> bytes:
+    """Read another program's memory as a monitor does; missing pages come in for that."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    room = ctypes.create_string_buffer(npages * PAGE)
+    here, there = _Iovec(ctypes.addressof(room), len(room)), _Iovec(address, npages * PAGE)
+    libc.process_vm_readv.restype = ctypes.c_ssize_t
+    got = libc.process_vm_readv(pid, ctypes.byref(here), 1, ctypes.byref(there), 1, 0)
+    assert got == npages * PAGE, os.strerror(ctypes.get_errno())
+    return room.raw
+
+
+def test_page_that_a_stranger_brought_into_an_aside_is_not_returned(tmp_path: Path) -> None:
+    """It is zeros, and what the program had there is in the staging by then."""
+    with Plan(tmp_path / "plan") as plan, Daemon(env=plan.environment()) as daemon, Spawner(daemon) as spawn:
+        hold = spawn("hold", "--mib", HEAP_MIB)
+        before = hold.ask("sum")["sum"]
+        page_map = PageMap(hold.pid)
+        plan.arm(Step("PINNED", Action.DELAY, STANDS_MS))
+        reports: list[DumpReport] = []
+        dump = threading.Thread(target=lambda: reports.append(daemon.dump(hold.pid)), name="dump")
+        dump.start()
+        wait_until(lambda: plan.passes("PINNED"), "the end of a pin pass", 30)
+        asides = page_map.asides()
+        for address, npages in asides:
+            assert not any(read(hold.pid, address, npages))
+        dump.join(60)
+        page_map.close()
+        assert asides
+        assert [report.pinned_bytes for report in reports] == [0]
+        assert hold.ask("sum")["sum"] == before
+        hold.quit()
