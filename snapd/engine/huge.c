@@ -28,11 +28,8 @@ void huge_destroy(struct huge *huge)
 	free(huge);
 }
 
-/* With the blocks on both sides: a piece that ends inside a huge page has split it by the time it is looked at. */
 void huge_note(struct huge *huge, uint64_t start, uint64_t end)
 {
-	start = (start - 1) & ~(HUGE_BYTES - 1);
-	end = (end + HUGE_BYTES) & ~(HUGE_BYTES - 1);
 	for (int i = huge->n - 1; i >= 0; i--) {
 		struct interval *place = &huge->places[i];
 

@@ -419,7 +419,7 @@ enum uffd_result fresh_fill(struct sn_session *session, uint64_t address, bool a
 /* huge.c: for whoever holds session->mover */
 struct huge *huge_create(void);
 void huge_destroy(struct huge *huge);
-void huge_note(struct huge *huge, uint64_t start, uint64_t end); /* in a stop */
+void huge_note(struct huge *huge, uint64_t start, uint64_t end); /* with session->mover held */
 
 /* bulk.c */
 #define RUN_PAGES 128

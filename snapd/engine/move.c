@@ -33,6 +33,21 @@ static int stage(struct sn_piece *piece)
 	return uffd_register(session->uffd, piece->staging, piece->staging_bytes, SNAPD_UFFDIO_REGISTER_MODE_MISSING);
 }
 
+/* While the program still runs: what a piece moves a part of is no huge page any more when the stop looks at it. */
+static void note_huge(struct sn_piece *piece)
+{
+	for (int i = 0; i < piece->nspans; i++) {
+		const struct span *span = &piece->spans[i];
+		uint64_t start = span->start & ~(HUGE_BYTES - 1);
+		uint64_t end = (span->start + span_bytes(span) + HUGE_BYTES - 1) & ~(HUGE_BYTES - 1);
+		long n = pagemap_scan(atomic_load(&piece->session->pagemap_fd), start, end, SNAPD_PAGE_IS_HUGE,
+				      SNAPD_PAGE_IS_HUGE, 0, piece->regions, piece->npages + 1, NULL);
+
+		for (long k = 0; k < n; k++)
+			huge_note(piece->session->huge, piece->regions[k].start, piece->regions[k].end);
+	}
+}
+
 /* The mapping is still what was chosen, and nothing in it may not move. Returns an outcome. */
 static int recheck(const struct sn_piece *piece, const struct span *span, struct snapd_procmap_query *vma)
 {
@@ -298,8 +313,6 @@ static int look(struct sn_piece *piece, struct span *span, struct sn_piece_repor
 		const struct snapd_page_region *region = &piece->regions[i];
 		uint64_t from = (region->start - span->aside) / PAGE, to = (region->end - span->aside) / PAGE;
 
-		if (region->categories & SNAPD_PAGE_IS_HUGE)
-			huge_note(piece->session->huge, span->start + from * PAGE, span->start + to * PAGE);
 		for (uint64_t page = span->base + from; page < span->base + to; page++) {
 			enum decision decision = DIRTY;
 			enum state state = ENTRY_STATE(entries[entry_of(piece, page, &segment)]);
@@ -721,6 +734,7 @@ static void move_piece(struct sn_piece *piece, struct sn_piece_report *ret)
 			       : error == MOVER_LATE || error == MOVER_SILENT ? SN_SILENT
 			       : error == -EPIPE || error == -ESRCH || error == -ENOENT ? SN_GONE : SN_FAILED;
 	} else {
+		note_huge(piece);
 		mover_pause(session);
 		began = now_ns();
 		ret->outcome = stop_begin(session->stop, atomic_load(&session->pid), session->agent_tids);
