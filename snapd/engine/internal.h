@@ -284,6 +284,7 @@ struct sn_session {
 	atomic_bool hurry; /* the daemon ends: nobody is waited for as long as usual */
 	pthread_rwlock_t lock;
 	bool in_stop; /* all but the agent stands: events are our own */
+	bool standing; /* all but the agent stands, and nothing was moved yet */
 	bool unseen;  /* pages have moved and were not looked at: nothing may be filled, the asides are the truth */
 	atomic_bool forked; /* pages may be shared with a child */
 
@@ -484,6 +485,7 @@ void mover_keep(struct sn_session *session, const struct sn_session *child);
 void mover_pause(struct sn_session *session); /* before a stop or an unmap */
 void mover_continue(struct sn_session *session);
 int mover_ready(struct sn_session *session); /* 0 when a command may be sent */
+int mover_settle(struct sn_session *session);
 int mover_call(struct sn_session *session, struct snapd_wire *message);
 int mover_unmap(struct sn_session *session, struct snapd_run run);
 

@@ -270,8 +270,8 @@ void keeper_main(void *arg)
 	struct registry *registry = keeper->registry;
 	int32_t former = keeper->former;
 
-	unmap_the_rest(keeper);
 	raw5(__NR_prctl, PR_SET_NAME, "snapd-keeper", 0, 0, 0);
+	unmap_the_rest(keeper);
 	for (;;) {
 		int32_t me = (int32_t)raw0(__NR_getpid), mine = me;
 

@@ -1,4 +1,4 @@
-/* One stop: stage before it, then stop, recheck, watch, move, look, pin pass, go on. The order is docs/design.md's.
+/* One stop: stop, stage, recheck, watch, move, look, pin pass, go on. The order is docs/design.md's.
  *
  * Inside the stop nothing is allocated and nothing logged. Knows the page map and the mover; the piece's life
  * before and after is piece.c's. */
@@ -15,13 +15,18 @@
 	(SNAPD_PAGE_IS_WRITTEN | SNAPD_PAGE_IS_PRESENT | SNAPD_PAGE_IS_SWAPPED | SNAPD_PAGE_IS_PFNZERO |               \
 	 SNAPD_PAGE_IS_HUGE | SNAPD_PAGE_IS_GUARD)
 
+/* While the program stands: what it was about to do as the stop before this one ended it does now, and if that is to
+ * forbid its threads the mover's calls, the first of them would kill it. */
 static int stage(struct sn_piece *piece)
 {
 	struct sn_session *session = piece->session;
 	struct snapd_wire message = {
 		.kind = SNAPD_STAGE, .length = piece->staging_bytes, .dest = piece->staging_hint};
-	int error = mover_call(session, &message);
+	int error;
 
+	session->standing = true;
+	error = mover_call(session, &message);
+	session->standing = false;
 	if (error)
 		return error;
 	FAULT_POINT(FP_STAGE_MAPPED);
@@ -717,44 +722,70 @@ static void keep_moved_segments(struct sn_piece *piece)
 	piece->nsegments = kept;
 }
 
+static int outcome_of_start(int error)
+{
+	switch (error) {
+	case 0: return SN_MOVED;
+	case -ENOMEM: return SN_NO_ROOM;
+	case MOVER_FILTERED: return SN_FILTERED;
+	case MOVER_LATE:
+	case MOVER_SILENT: return SN_SILENT;
+	case -EPIPE:
+	case -ESRCH:
+	case -ENOENT: return SN_GONE;
+	default: return SN_FAILED;
+	}
+}
+
+/* From the stop's begin to its end. */
+static void stand(struct sn_piece *piece, struct sn_piece_report *ret)
+{
+	struct sn_session *session = piece->session;
+	uint64_t began = now_ns();
+
+	ret->outcome = stop_begin(session->stop, atomic_load(&session->pid), session->agent_tids);
+	ret->until_stopped_ns = now_ns() - began;
+	ret->cause = stop_cause(session->stop);
+	ret->threads = stop_threads(session->stop);
+	if (ret->outcome == SN_MOVED) {
+		ret->cause = robust_look(session);
+		if (ret->cause)
+			ret->outcome = SN_BUSY;
+	}
+	if (ret->outcome == SN_MOVED) {
+		ret->cause = stage(piece);
+		ret->outcome = outcome_of_start(ret->cause);
+	}
+	if (ret->outcome == SN_MOVED)
+		ret->outcome = inside_stop(piece, ret);
+	else
+		piece->nspans = 0;
+	stop_end(session->stop);
+	ret->stop_ns = now_ns() - began;
+}
+
 static void move_piece(struct sn_piece *piece, struct sn_piece_report *ret)
 {
 	struct sn_session *session = piece->session;
-	uint64_t began;
 	int error = memory_open(session);
 
 	if (!error)
 		error = hold_take(session);
 	if (!error)
-		error = stage(piece);
+		error = mover_ready(session);
 	if (error) {
 		ret->cause = error;
-		ret->outcome = error == -ENOMEM ? SN_NO_ROOM
-			       : error == MOVER_FILTERED ? SN_FILTERED
-			       : error == MOVER_LATE || error == MOVER_SILENT ? SN_SILENT
-			       : error == -EPIPE || error == -ESRCH || error == -ENOENT ? SN_GONE : SN_FAILED;
+		ret->outcome = outcome_of_start(error);
 	} else {
 		note_huge(piece);
 		mover_pause(session);
-		began = now_ns();
-		ret->outcome = stop_begin(session->stop, atomic_load(&session->pid), session->agent_tids);
-		ret->until_stopped_ns = now_ns() - began;
-		ret->cause = stop_cause(session->stop);
-		ret->threads = stop_threads(session->stop);
-		if (ret->outcome == SN_MOVED && mover_ready(session) == MOVER_FILTERED)
-			ret->outcome = SN_FILTERED;
-		if (ret->outcome == SN_MOVED)
-			ret->cause = robust_look(session);
-		if (ret->outcome == SN_MOVED && ret->cause)
-			ret->outcome = SN_BUSY;
-		if (ret->outcome == SN_MOVED)
-			ret->outcome = inside_stop(piece, ret);
-		else
-			piece->nspans = 0;
-		stop_end(session->stop);
-		ret->stop_ns = now_ns() - began;
+		stand(piece, ret);
 		mover_continue(session);
 		robust_fill(session);
+		if (ret->cause == MOVER_LATE) { /* one that was only slow has put this piece off */
+			error = mover_settle(session);
+			ret->outcome = error ? outcome_of_start(error) : SN_BUSY;
+		}
 	}
 	keep_moved_segments(piece);
 	for (int i = 0; i < piece->nspans; i++) {

@@ -16,7 +16,9 @@
 
 #define COMMAND_NS 10000000000ULL
 #define HURRY_NS 2000000000ULL
+#define STANDING_NS 20000000ULL /* nothing was moved yet: no reason to let the program stand for longer */
 #define AGAIN_NS 1000000000ULL
+#define SETTLE_US 500
 #define TICK_US 10000 /* packing pauses for no longer wait than this */
 #define STRANGERS 64
 #define FULL_BYTES (32 << 10) /* of a connection, by what is queued for the agent; a command needs room as well */
@@ -159,6 +161,11 @@ static bool ended_in_stop(struct sn_session *session)
 	return session->mover_ended;
 }
 
+static uint64_t limit_ns(const struct sn_session *session)
+{
+	return session->standing ? STANDING_NS : atomic_load(&session->hurry) ? HURRY_NS : COMMAND_NS;
+}
+
 static int wait_reply(struct sn_session *session, struct snapd_wire *ret)
 {
 	uint64_t began = now_ns(), again = 0;
@@ -168,7 +175,7 @@ static int wait_reply(struct sn_session *session, struct snapd_wire *ret)
 		uint64_t now = now_ns();
 
 		mover_continue(session);
-		if (now - began < (atomic_load(&session->hurry) ? HURRY_NS : COMMAND_NS) || now < again)
+		if (now - began < limit_ns(session) || now < again)
 			continue;
 		if (!session->in_stop) {
 			session->mover_owes = true;
@@ -234,6 +241,17 @@ static int settle_debt(struct sn_session *session)
 	set_dropping(session, 0, 0);
 	if (late.kind == SNAPD_STAGE && !late.status)
 		error = unmap_and_wait(session, (struct snapd_run){late.value, late.length});
+	return error;
+}
+
+/* After MOVER_LATE in a stop that has ended: waits as long for the reply as outside of one. */
+int mover_settle(struct sn_session *session)
+{
+	uint64_t end = now_ns() + limit_ns(session);
+	int error;
+
+	while ((error = mover_ready(session)) == MOVER_SILENT && !session->mover_ended && now_ns() < end)
+		usleep(SETTLE_US);
 	return error;
 }
 

@@ -69,6 +69,12 @@ def _has_ended(pid: int) -> bool:
         return True
 
 
+def _was_handed_descriptors(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return f"LISTEN_PID={pid}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return False
+
+
 class Killer:
     """Kills the daemon of a harness again and again, and waits for its successors."""
 
@@ -86,19 +92,18 @@ class Killer:
         self.kills_ns.append(time.monotonic_ns())
         old = self.pid
         os.kill(old, signal.SIGKILL)
-        self.pid = wait_until(lambda: self._other(old), "a keeper that becomes a daemon", SUCCESSOR_S)
+        self.pid = wait_until(lambda: self._successor(old), "a keeper that becomes a daemon", SUCCESSOR_S)
         if old == self.group:
             self.daemon.process.wait(SUCCESSOR_S)
 
-    def _other(self, old: int) -> int:
-        return next(
-            (
-                pid
-                for pid, name, state, parent in processes_of(self.group)
-                if state not in "ZX" and name != "snapd-keeper" and old not in (pid, parent)
-            ),
-            0,
-        )
+    def _successor(self, old: int) -> int:
+        """Return who was a keeper and has been executed as the next daemon, or 0.
+
+        Its environment says so. A keeper that a daemon has only just made has that daemon's name and environment for a
+        moment, and ends when an older one takes the turn.
+        """
+        living = (pid for pid, _, state, _ in processes_of(self.group) if state not in "ZX" and pid != old)
+        return next((pid for pid in living if _was_handed_descriptors(pid)), 0)
 
 
 _INTENT: Final = struct.Struct("5Q")

@@ -5,6 +5,7 @@ import contextlib
 import errno
 import itertools
 import os
+import signal
 import socket
 import struct
 import threading
@@ -23,6 +24,7 @@ from tests.kernel.driving import MIB, RunningDump, out_bytes
 
 NOBODY: Final = 65534
 LEAVE_S: Final = 10.0
+RECVMSG: Final = "47"
 
 
 @pytest.fixture
@@ -153,6 +155,50 @@ def test_end_of_the_daemon_does_not_kill_a_filtered_program(daemon: Daemon, spaw
     member.quit()
 
 
+def _tasks(pid: int, file: str) -> list[tuple[str, str]]:
+    """Return name and text of a file of each thread."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(OSError):
+            found.append(((task / "comm").read_text().strip(), (task / file).read_text()))
+    return found
+
+
+def _states(pid: int) -> str:
+    """Return the letters of all threads."""
+    return "".join(text[text.rindex(")") + 2] for _, text in _tasks(pid, "stat"))
+
+
+def _stopped(pid: int) -> bool:
+    """Whether the threads stand, but the one that holds the target's memory: no stop reaches it in its read."""
+    states = _states(pid)
+    return states.count("T") >= len(states) - 1
+
+
+def _rests(member: Target) -> bool:
+    """Whether the program waits and is not about to stand, and its mover waits for a command."""
+    mover = dict(_tasks(member.pid, "syscall"))["snapd-mover"].split()[0]
+    return set(_states(member.pid)) == {"S"} and mover == RECVMSG
+
+
+@contextlib.contextmanager
+def _between_commands(daemon: Daemon, member: Target) -> Iterator[None]:
+    """Let nothing of the daemon run meanwhile, from a moment on at which its last command to the target is done."""
+    pid = daemon.pid
+    for _ in range(200):
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            wait_until(lambda: _stopped(pid), "a stop of the daemon's threads")
+            time.sleep(0.005)  # a mover that was sent one has begun by then
+            if _rests(member):
+                yield
+                return
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        time.sleep(0.003)
+    raise AssertionError("its mover never rested")
+
+
 @pytest.mark.shares_daemon
 @pytest.mark.parametrize("delay_s", [0.0, 0.02, 0.1])
 def test_filter_in_the_middle_of_a_dump_ends_it_by_name(daemon: Daemon, spawn: Spawner, delay_s: float) -> None:
@@ -160,7 +206,9 @@ def test_filter_in_the_middle_of_a_dump_ends_it_by_name(daemon: Daemon, spawn: S
     member = spawn("member", "--mib", 256)
     dump = RunningDump(daemon, member.pid)
     time.sleep(delay_s)
-    member.ask("filter", 1)
+    with _between_commands(daemon, member):
+        member.ask("filter", 1)
+        assert dump.running
     assert isinstance(dump.outcome(), TargetFiltered)
     member.ask("sum")
     daemon.restore(member.pid)
