@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from snapd import directories
 from snapd.errors import INTERFACE, DirectoryUnusable, NoDaemon, ProtocolError, SnapdError, from_varlink
 from snapd.protocol.options import EVERYTHING, DumpOptions
-from snapd.protocol.reports import DumpProgress, DumpReport, Report, RestoreReport, StatusReport
+from snapd.protocol.reports import AttachReport, DumpProgress, DumpReport, Report, RestoreReport, StatusReport
 from snapd.protocol.varlink import ClientConnection, Reply
 
 if TYPE_CHECKING:
@@ -176,6 +176,10 @@ class Client(_Base):
             return RestoreReport.from_json(_checked(self._one("Restore", pid=pid)).get("report"))
         return _drive(self.iter_restore(pid), progress)
 
+    def attach(self, pid: int, *, tree: bool = False) -> AttachReport:
+        """Manage `pid`, which runs already and need not know of it, and with `tree` all its descendants."""
+        return AttachReport.from_json(_checked(self._one("Attach", pid=pid, tree=tree)))
+
     def detach(self, pid: int) -> None:
         """Bring every page of `pid` back and manage it no longer."""
         _detached(self._one("Detach", pid=pid), pid)
@@ -290,6 +294,10 @@ class AsyncClient(_Base):
         if progress is None:
             return RestoreReport.from_json(_checked(await self._one("Restore", pid=pid)).get("report"))
         return await _drive_async(self.iter_restore(pid), progress)
+
+    async def attach(self, pid: int, *, tree: bool = False) -> AttachReport:
+        """Manage `pid`, which runs already and need not know of it, and with `tree` all its descendants."""
+        return AttachReport.from_json(_checked(await self._one("Attach", pid=pid, tree=tree)))
 
     async def detach(self, pid: int) -> None:
         """Bring every page of `pid` back and manage it no longer."""

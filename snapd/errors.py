@@ -144,7 +144,9 @@ class NoSuchProcess(SnapdError):
 
 @dataclass(eq=False)
 class NotCooperating(SnapdError):
-    """Process {pid} is not managed by this daemon: start it with 'snapd run', or call snapd.cooperate() in it."""
+    """Process {pid} is not managed by this daemon: attach it with 'snapd attach {pid}', or start it with
+    'snapd run'.
+    """
 
     pid: int
     exit_code = 21
@@ -335,6 +337,15 @@ class TargetFiltered(SnapdError):
 
     pid: int
     exit_code = 60
+
+
+@dataclass(eq=False)
+class NotAttachable(SnapdError):
+    """Process {pid} cannot be attached ({reason}): leave it as it is, or start it with 'snapd run'."""
+
+    pid: int
+    reason: str
+    exit_code = 61
 
 
 # The three codes that env(1) uses.

@@ -64,6 +64,7 @@ static inline void cpu_relax(void)
 
 #ifdef SNAPD_ARCH_REGS
 #include <errno.h>
+#include <sys/syscall.h>
 #include <sys/user.h>
 
 typedef struct user_regs_struct arch_regs;
@@ -107,6 +108,7 @@ static inline void arch_restart(arch_regs *regs)
 }
 
 #define ARCH_CALL_BYTES 2UL
+#define ARCH_CALL_CODE {0x0f, 0x05}
 static inline unsigned long arch_ip(const arch_regs *regs)
 {
 	return regs->rip;
@@ -130,6 +132,140 @@ static inline void arch_call(arch_regs *regs, unsigned long at, long number)
 	regs->orig_rax = (unsigned long)-1L;
 	regs->rdi = 0;
 }
+
+static inline void arch_call_with(arch_regs *regs, unsigned long at, long number, const unsigned long args[6])
+{
+	arch_call(regs, at, number);
+	regs->rdi = args[0];
+	regs->rsi = args[1];
+	regs->rdx = args[2];
+	regs->r10 = args[3];
+	regs->r8 = args[4];
+	regs->r9 = args[5];
+}
+
+/* The thread goes on at an address, in no system call. */
+static inline void arch_go(arch_regs *regs, unsigned long at)
+{
+	regs->rip = at;
+	regs->orig_rax = (unsigned long)-1L;
+}
+
+static inline long arch_result(const arch_regs *regs)
+{
+	return (long)regs->rax;
+}
+
+static inline int arch_is_64(const arch_regs *regs)
+{
+	return regs->cs == 0x33;
+}
+
+/* The registers of a thread that goes on without the kernel's help: what the kernel would make of an interrupted call
+ * before it let the thread go (-ERESTARTSYS, -ERESTARTNOINTR, -ERESTARTNOHAND, -ERESTART_RESTARTBLOCK). */
+static inline void arch_as_resumed(arch_regs *regs)
+{
+	long number, result;
+
+	if (!arch_in_syscall(regs, &number, &result) || result > -512 || result < -516 || result == -515)
+		return;
+	regs->rax = (unsigned long)(result == -516 ? SYS_restart_syscall : number);
+	regs->rip -= ARCH_CALL_BYTES;
+	regs->orig_rax = (unsigned long)-1L;
+}
+
+/* The code that a borrowed thread runs; the offsets are those of struct control, which lies one page behind it
+ * (borrow.h). It uses no stack and no register but the general ones, so there is nothing else to be put back.
+ *
+ * Each batch: as long as the word names a tracer, call after call; then the word goes to done, and whoever waits there
+ * is woken. Then the next batch, when the word has changed. A word without a tracer (the kernel makes it so when the
+ * tracer dies, before it lets any thread go) ends all of that: flags, stack pointer, signal mask and registers become
+ * the program's. Until the mask is, no signal comes in. */
+#define ARCH_STUB                                                                                                      \
+	".pushsection .rodata.snapd_stub,\"a\",@progbits\n"                                                            \
+	".balign 16\n"                                                                                                 \
+	".globl sn_stub_begin\n.hidden sn_stub_begin\n.globl sn_stub_end\n.hidden sn_stub_end\n"                       \
+	"sn_stub_begin:\n"                                                                                             \
+	".Lstub:\n"                                                                                                    \
+	"	leaq .Lstub(%rip), %rbx\n"                                                                            \
+	"	addq $4096, %rbx\n"                                                                                   \
+	"1:	movl (%rbx), %r14d\n"                                                                                 \
+	"	movl 8(%rbx), %r12d\n"                                                                                \
+	"	xorl %r13d, %r13d\n"                                                                                  \
+	"	leaq 256(%rbx), %rbp\n"                                                                               \
+	"2:	cmpl %r12d, %r13d\n"                                                                                  \
+	"	jae 5f\n"                                                                                             \
+	"	testl $0x3fffffff, (%rbx)\n"                                                                          \
+	"	jz 8f\n"                                                                                              \
+	"	movq (%rbp), %rax\n"                                                                                  \
+	"	movq 8(%rbp), %rdi\n"                                                                                 \
+	"	movq 16(%rbp), %rsi\n"                                                                                \
+	"	movq 24(%rbp), %rdx\n"                                                                                \
+	"	movq 32(%rbp), %r10\n"                                                                                \
+	"	movq 40(%rbp), %r8\n"                                                                                 \
+	"	movq 48(%rbp), %r9\n"                                                                                 \
+	"	syscall\n"                                                                                            \
+	"	movq %rax, 56(%rbp)\n"                                                                                \
+	"	incl %r13d\n"                                                                                         \
+	"	cmpq $-4096, %rax\n"                                                                                  \
+	"	ja 4f\n"                                                                                              \
+	"	testl $1, 64(%rbp)\n"                                                                                 \
+	"	jz 3f\n"                                                                                              \
+	"	movq %rax, 80(%rbp)\n"                                                                                \
+	"3:	addq $72, %rbp\n"                                                                                     \
+	"	jmp 2b\n"                                                                                             \
+	"4:	testl $2, 64(%rbp)\n"                                                                                 \
+	"	jnz 5f\n"                                                                                             \
+	"	testl $1, 64(%rbp)\n"                                                                                 \
+	"	jz 3b\n"                                                                                              \
+	"	incl %r13d\n"                                                                                         \
+	"	addq $72, %rbp\n"                                                                                     \
+	"	jmp 3b\n"                                                                                             \
+	"5:	movl %r13d, 12(%rbx)\n"                                                                               \
+	"	movl %r14d, 4(%rbx)\n"                                                                                \
+	"	leaq 4(%rbx), %rdi\n"                                                                                 \
+	"	movl $1, %esi\n"                                                                                      \
+	"	movl $1, %edx\n"                                                                                      \
+	"	movl $202, %eax\n"                                                                                    \
+	"	syscall\n"                                                                                            \
+	"6:	movl (%rbx), %edx\n"                                                                                  \
+	"	cmpl %r14d, %edx\n"                                                                                   \
+	"	jne 7f\n"                                                                                             \
+	"	movq %rbx, %rdi\n"                                                                                    \
+	"	xorl %esi, %esi\n"                                                                                    \
+	"	xorl %r10d, %r10d\n"                                                                                  \
+	"	movl $202, %eax\n"                                                                                    \
+	"	syscall\n"                                                                                            \
+	"	jmp 6b\n"                                                                                             \
+	"7:	testl $0x3fffffff, %edx\n"                                                                            \
+	"	jnz 1b\n"                                                                                             \
+	"8:	leaq 176(%rbx), %rsp\n"                                                                               \
+	"	popfq\n"                                                                                              \
+	"	movq 184(%rbx), %rsp\n"                                                                               \
+	"	movl $14, %eax\n"                                                                                     \
+	"	movl $2, %edi\n"                                                                                      \
+	"	leaq 16(%rbx), %rsi\n"                                                                                \
+	"	movl $0, %edx\n"                                                                                      \
+	"	movl $8, %r10d\n"                                                                                     \
+	"	syscall\n"                                                                                            \
+	"	movq 32(%rbx), %r15\n"                                                                                \
+	"	movq 40(%rbx), %r14\n"                                                                                \
+	"	movq 48(%rbx), %r13\n"                                                                                \
+	"	movq 56(%rbx), %r12\n"                                                                                \
+	"	movq 64(%rbx), %rbp\n"                                                                                \
+	"	movq 80(%rbx), %r11\n"                                                                                \
+	"	movq 88(%rbx), %r10\n"                                                                                \
+	"	movq 96(%rbx), %r9\n"                                                                                 \
+	"	movq 104(%rbx), %r8\n"                                                                                \
+	"	movq 112(%rbx), %rax\n"                                                                               \
+	"	movq 120(%rbx), %rcx\n"                                                                               \
+	"	movq 128(%rbx), %rdx\n"                                                                               \
+	"	movq 136(%rbx), %rsi\n"                                                                               \
+	"	movq 144(%rbx), %rdi\n"                                                                               \
+	"	movq .Lstub+4096+72(%rip), %rbx\n"                                                                    \
+	"	jmpq *.Lstub+4096+160(%rip)\n"                                                                        \
+	"sn_stub_end:\n"                                                                                               \
+	".popsection\n"
 #endif
 
 #endif

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "daemon": "Run the service in the foreground.",
     "run": "Run a command whose heap the daemon can manage.",
+    "attach": "Manage processes that run already.",
     "dump": "Take the heap of processes out of memory.",
     "restore": "Bring every page of processes back now.",
     "detach": "Bring every page back and let processes go.",

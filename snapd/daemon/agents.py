@@ -129,7 +129,7 @@ async def make_session(sock: AgentSocket, hello: Message, peer: Peer, state_dir:
         undo.callback(os.close, pidfd)
         tids = rejoin.threads(peer.pid, hello)
         uffd = await _make_userfaultfd(sock, undo)
-        fork_events = _enable(uffd)
+        fork_events = enable(uffd)
         sentinel = hello.addr
         try:
             engine.uffd_register(uffd, sentinel, PAGE)
@@ -252,7 +252,7 @@ def _is_userfaultfd(fd: int) -> bool:
     return str(Path(f"/proc/self/fd/{fd}").readlink()) == "anon_inode:[userfaultfd]"
 
 
-def _enable(uffd: int) -> bool:
+def enable(uffd: int) -> bool:
     """Enable the features; returns whether forks raise events, which takes CAP_SYS_PTRACE."""
     try:
         engine.uffd_api(uffd, with_fork=True)

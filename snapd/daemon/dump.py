@@ -107,6 +107,7 @@ class Dump:
         still aside and served.
         """
         began = time.monotonic()
+        self._native.borrows()  # those until now are not of this dump
         self._check_target()
         keeping = Keeping(self._state_dir, self._wish, self._room) if self._wish else None
         before = procfs.resident_bytes(self._pid)
@@ -135,6 +136,7 @@ class Dump:
     def _report(self, duration_s: float, freed_bytes: int) -> DumpReport:
         pages = self._pages
         skipped = {reason: size for reason, size in self._skipped.items() if size}
+        borrows = self._native.borrows()
         return DumpReport(
             pid=self._pid,
             moved_bytes=(pages["aside"] + pages["clean"] + pages["zero"]) * PAGE,
@@ -145,9 +147,9 @@ class Dump:
             freed_bytes=freed_bytes,
             pinned_bytes=pages["pinned"] * PAGE,
             duration_s=duration_s,
-            stops=len(self._stops),
-            longest_stop_us=max(self._stops, default=0) // 1000,
-            sum_stop_us=sum(self._stops) // 1000,
+            stops=len(self._stops) + borrows.stops,
+            longest_stop_us=max([*self._stops, borrows.longest_ns]) // 1000,
+            sum_stop_us=(sum(self._stops) + borrows.sum_ns) // 1000,
             pieces_put_off=self._put_off,
             skipped=skipped,
             snapshot=self._snapshot,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import itertools
 import logging
 import math
 import os
@@ -20,20 +21,22 @@ from typing import TYPE_CHECKING, Final, TypeVar
 import trio
 
 from snapd import __version__, engine
-from snapd.daemon import agents, procfs, takeover
+from snapd.daemon import agents, attach, procfs, takeover
 from snapd.daemon.dump import Dump
 from snapd.daemon.keep import wish_for
 from snapd.daemon.refusals import Refusals
 from snapd.daemon.repeats import Repeats, suffix
 from snapd.daemon.session import Session, State, pagemap
-from snapd.daemon.takeover import FLAG_AGENT, FLAG_FORK_EVENTS
+from snapd.daemon.takeover import FLAG_AGENT, FLAG_ATTACHED, FLAG_FORK_EVENTS
 from snapd.engine import NoticeKind, keeper
 from snapd.engine.keeper import DamagedPageMapError
 from snapd.errors import (
     AgentSilent,
     NoSuchProcess,
+    NotAttachable,
     NotCooperating,
     NotPermitted,
+    NotStopping,
     ProtocolError,
     SessionBusy,
     SnapdError,
@@ -42,7 +45,16 @@ from snapd.errors import (
     TargetStopped,
 )
 from snapd.protocol.agent import HELLO_FORKED, HELLO_KEPT, HELLO_SESSION, Kind, Message
-from snapd.protocol.reports import DaemonInfo, DumpProgress, DumpReport, RestoreReport, StatusReport, Totals
+from snapd.protocol.reports import (
+    AttachReport,
+    DaemonInfo,
+    DumpProgress,
+    DumpReport,
+    Refusal,
+    RestoreReport,
+    StatusReport,
+    Totals,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -83,6 +95,10 @@ MAX_SESSIONS: Final = 2048
 COME_AGAIN_S: Final = 5.0
 PROGRESS_INTERVAL_S: Final = 0.05
 CHILD_PID_DELAYS_S: Final = (0.0, 0.05, 0.2, 0.5, 1.0, 2.0, 4.0)
+GONE_LOOK_S: Final = 0.002
+LEND_DELAYS_S: Final = (0.05, 0.2, 0.5, 1.0)
+_UNTOLD: Final = (AgentSilent, NotStopping, TargetFiltered, TargetStopped)
+"""What a target does that has everything back and could not be told that the daemon ends."""
 
 
 class Manager:
@@ -98,6 +114,7 @@ class Manager:
         self._refusals = Refusals()
         self._repeats = Repeats()
         self._tidying: set[int] = set()
+        self._attaching: set[int] = set()
         self._ending = trio.Event()
         self._news = trio.Event()
         self.leaving: Callable[[int], None] = lambda _: None  # hears a session's number before it is closed
@@ -126,14 +143,14 @@ class Manager:
             raise NoSuchProcess(pid)
         if peer.uid not in (0, owner):
             raise NotPermitted(pid, peer.uid)
-        if session is None or not session.has_agent:
+        if session is None or not session.has_mover:
             raise self._refusals.reason(pid) or NotCooperating(pid)
         return session
 
     async def _reached(self, peer: Peer, pid: int) -> Session:
         """Return an authorised session whose agent is here; after a takeover that takes a moment."""
         session = self._find(pid)
-        if session and session.expects_agent and not session.has_agent:
+        if session and session.expects_agent and not session.has_mover:
             with trio.move_on_after(COME_AGAIN_S):
                 await session.agent_is_here.wait()
         return self._authorised(peer, pid)
@@ -154,11 +171,86 @@ class Manager:
 
         return report
 
+    async def attach(self, peer: Peer, pid: int, *, tree: bool) -> AttachReport:
+        """Manage a process that has no agent, and its descendants; those that can't be are named."""
+        await self._attach(peer, pid)
+        attached, refused = [pid], []
+        for one in procfs.descendants(pid) if tree else ():
+            try:
+                await self._attach(peer, one)
+            except TargetGone:
+                continue
+            except SnapdError as error:
+                refused.append(Refusal(one, error.render()))
+            else:
+                attached.append(one)
+        return AttachReport(tuple(attached), tuple(refused))
+
+    async def _attach(self, peer: Peer, pid: int) -> None:
+        owner = procfs.uid(pid)
+        if owner is None or not procfs.exists(pid):
+            raise NoSuchProcess(pid)
+        if peer.uid not in (0, owner):
+            raise NotPermitted(pid, peer.uid)
+        if pid in self._attaching or self._ending.is_set():
+            raise SessionBusy(pid)
+        self._attaching.add(pid)
+        try:
+            await self._attach_checked(peer, pid, owner)
+        finally:
+            self._attaching.discard(pid)
+
+    async def _attach_checked(self, peer: Peer, pid: int, owner: int) -> None:
+        session = await self._child_of(pid) if self._may_be_served(pid) else self._find(pid)
+        old = session or self._find(pid)
+        while old is not None and old.gone.is_set():  # it was let go just now
+            await trio.sleep(GONE_LOOK_S)
+            session, old = None, self._find(pid)
+        if old is not None and old.has_mover and await self._in_thread(old, old.native.alive):
+            return
+        attach.check(pid, peer.uid)
+        if session is not None and not session.has_mover:
+            async with session.doing(State.RECOVERING):
+                session.attach(await self._in_thread(session, partial(attach.attach_again, session)))
+        else:
+            if old is not None:  # it has executed another program, which was not noticed yet
+                with trio.move_on_after(agents.HANDSHAKE_S):
+                    await old.gone.wait()
+            if peer.uid and sum(one.has_mover for one in self._sessions.values() if one.uid == owner) >= MAX_SESSIONS:
+                raise NotAttachable(pid, f"user {owner} has {MAX_SESSIONS} managed processes already")
+            session = await trio.to_thread.run_sync(attach.attach, pid, owner, self._state_dir)
+            self._add(session)
+        self._refusals.forget(pid)
+        log.info("pid %d (%s): attached without an agent", pid, session.comm())
+
+    def _may_be_served(self, pid: int) -> bool:
+        """Whether a fork may have made a session for this process, also one that was not found yet."""
+        sessions = self._sessions.values()
+        known = {one.pid for one in sessions}
+        return 0 in known or pid in known or not known.isdisjoint(procfs.ancestors(pid))
+
+    async def _attach_former(self, session: Session) -> None:
+        """A former daemon had attached the process: its threads are lent to us now."""
+        for delay_s in itertools.chain(LEND_DELAYS_S, itertools.repeat(LEND_DELAYS_S[-1])):
+            try:
+                async with session.doing(State.RECOVERING):
+                    own = await self._in_thread(session, partial(attach.attach_again, session))
+                    await self._in_thread(session, session.recover)
+                    session.attach(own)
+            except TargetGone:
+                return
+            except SnapdError as error:
+                log.info("pid %d: not taken over yet: %s", session.pid, error)
+            else:
+                log.info("pid %d (%s): taken over", session.pid, session.comm())
+                return
+            await trio.sleep(delay_s)
+
     async def dump(self, peer: Peer, pid: int, *, options: DumpOptions, progress: Progress) -> DumpReport:
         """Do one dump; SessionBusy while another of this session runs."""
         session = await self._reached(peer, pid)
         session.refuse_second_dump()
-        if session.user_changed():
+        if session.has_agent and session.user_changed():
             await self._let_go(session)
             raise NotCooperating(pid)
         wish = wish_for(options.keep, peer.uid, peer.gid, pid) if options.keep is not None else None
@@ -376,7 +468,7 @@ class Manager:
                 parent=known.get(info.parent),
             )
             session.former = (info.store_id, info.number)
-            session.expects_agent = bool(info.flags & FLAG_AGENT)
+            session.expects_agent = bool(info.flags & (FLAG_AGENT | FLAG_ATTACHED))
             known[info.number] = session
             if one.agent:
                 session.own = agents.own_ranges(one.agent.hello)
@@ -385,6 +477,8 @@ class Manager:
             self._add(session)
             if not pid:
                 self._nursery.start_soon(self._name_child, session)
+            elif info.flags & FLAG_ATTACHED:
+                self._nursery.start_soon(self._attach_former, session)
 
     async def wait_for_agents(self) -> None:
         """Return when the agents of all sessions of a former daemon have come again."""
@@ -476,7 +570,7 @@ class Manager:
         for attempt, delay_s in enumerate(CHILD_WAIT_S):
             known = self._find(pid)
             if known is not None:
-                return None if known.has_agent or not known.native.alive() else known
+                return None if known.has_mover or not known.native.alive() else known
             # The engine's notice of the fork may not have been taken yet.
             if attempt >= CHILD_NOTICE_TRIES and all(one.pid for one in self._sessions.values()):
                 return None  # the fork raised no event
@@ -517,7 +611,7 @@ class Manager:
                 async with session.looking:
                     await self._in_thread(session, session.close)
         self._news.set()
-        log.log(logging.INFO if session.has_agent else logging.DEBUG, "pid %d: gone", session.pid)
+        log.log(logging.INFO if session.has_mover else logging.DEBUG, "pid %d: gone", session.pid)
 
     async def _fork_wait(self, sock: AgentSocket, hello: Message, peer: Peer) -> None:
         """A program without fork events is about to fork: everything in first, and no dump until it has forked."""
@@ -662,9 +756,7 @@ class Manager:
             except TargetGone:
                 break
             except (SnapdError, OSError) as error:
-                if isinstance(error, AgentSilent | TargetFiltered | TargetStopped) and not await self._out_bytes(
-                    session
-                ):
+                if isinstance(error, _UNTOLD) and not await self._out_bytes(session):
                     break
                 if not told:
                     log.warning("pid %d: not all back yet: %s", session.pid, error)
@@ -680,7 +772,7 @@ class Manager:
             async with session.doing(State.RESTORING):
                 try:
                     await self._in_thread(session, session.empty_agent)
-                except (AgentSilent, TargetFiltered, TargetStopped) as error:
+                except _UNTOLD as error:
                     log.warning(
                         "pid %d: has everything back, and was not told that this daemon ends: %s", session.pid, error
                     )

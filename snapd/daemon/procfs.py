@@ -201,6 +201,22 @@ def children(pid: int) -> list[int]:
     return found
 
 
+def descendants(pid: int) -> list[int]:
+    """Return the children of a process, theirs and so on, parents first."""
+    found = children(pid)
+    for one in found:
+        found += children(one)
+    return found
+
+
+def ancestors(pid: int) -> list[int]:
+    """Return the parent of a process, its parent and so on."""
+    found: list[int] = []
+    while (pid := int(status(pid).get("PPid", "0"))) > 0:
+        found.append(pid)
+    return found
+
+
 def max_map_count() -> int:
     """Return vm.max_map_count."""
     return int(Path("/proc/sys/vm/max_map_count").read_text())

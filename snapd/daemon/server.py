@@ -20,7 +20,7 @@ from snapd.directories import CONTROL_SOCKET, RuntimeLock
 from snapd.errors import INTERFACE, Internal, NoSuchProcess, ProtocolError, SnapdError
 from snapd.protocol import service
 from snapd.protocol.options import ALL_PERCENT, MAX_LEVEL, MIN_LEVEL, SNAPSHOT_NAME, DumpOptions
-from snapd.protocol.reports import DumpProgress, DumpReport, RestoreReport, StatusReport
+from snapd.protocol.reports import AttachReport, DumpProgress, DumpReport, RestoreReport, StatusReport
 from snapd.protocol.varlink import Call, Parameters, Reply, ServerConnection
 
 log = logging.getLogger(__name__)
@@ -59,6 +59,9 @@ class Backend(Protocol):
 
     async def restore(self, peer: Peer, pid: int, *, progress: Progress) -> RestoreReport:
         """Bring every page of `pid` back."""
+
+    async def attach(self, peer: Peer, pid: int, *, tree: bool) -> AttachReport:
+        """Manage `pid`, which need not know of it, and with `tree` its descendants."""
 
     async def detach(self, peer: Peer, pid: int) -> None:
         """Bring every page of `pid` back and end its session."""
@@ -228,6 +231,11 @@ class _Server:
                 pid = _pid(service.parameters(call, "pid"))
                 job = self._start(lambda progress: backend.restore(peer, pid, progress=progress))
                 return await _report(job, call, stream)
+            case "Attach":
+                given = service.parameters(call, "pid", "tree")
+                pid, tree = _pid(given), service.flag(given, "tree")
+                report: AttachReport = await self._start(lambda _: backend.attach(peer, pid, tree=tree)).result()
+                return Reply(report.to_json())
             case "Detach":
                 pid = _pid(service.parameters(call, "pid"))
                 await self._start(lambda _: backend.detach(peer, pid)).result()

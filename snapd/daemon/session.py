@@ -14,7 +14,7 @@ import logging
 import os
 import select
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -26,6 +26,7 @@ from snapd.engine import Outcome
 from snapd.errors import (
     AgentSilent,
     NotEnoughMemory,
+    NotStopping,
     SessionBusy,
     SnapdError,
     TargetFiltered,
@@ -115,6 +116,7 @@ class Session:
         # An operation that waits for its target takes no thread from others; one more is for who looks.
         self.threads = trio.CapacityLimiter(2)
         self.has_agent = False
+        self.is_attached = False  # it has no agent, and its threads are borrowed
         self.expects_agent = False  # after a takeover
         self.former = (b"", 0)  # its store and its number in a former daemon's registry
         self.agent_is_here = trio.Event()
@@ -129,6 +131,18 @@ class Session:
             self._hangup = select.epoll()
         self._hangup.register(agent_sock, select.EPOLLRDHUP)
         self.has_agent = True
+        self.agent_is_here.set()
+
+    @property
+    def has_mover(self) -> bool:
+        """Whether there is somebody to move its memory."""
+        return self.has_agent or self.is_attached
+
+    def attach(self, own: tuple[Range, ...]) -> None:
+        """Note that its threads are lent, and what of its memory is ours."""
+        self.own = own
+        self.is_attached = True
+        self.expects_agent = False
         self.agent_is_here.set()
 
     def become(self, state: State) -> None:
@@ -368,13 +382,18 @@ class Session:
         status = procfs.status(self.pid)
         if not status:
             return TargetGone(self.pid)
-        return TargetStopped(self.pid) if status.get("State", "?")[0] == "T" else AgentSilent(self.pid)
+        if status.get("State", "?")[0] == "T":
+            return TargetStopped(self.pid)
+        return AgentSilent(self.pid) if self.has_agent else NotStopping(self.pid)
 
     def leave_agent(self) -> None:
         """Tell the agent to let go for good; it may be gone.
 
-        Raises TargetFiltered when a filter forbids to tell it anything, and it can't be ended without.
+        Raises TargetFiltered when a filter forbids to tell it anything, and it can't be ended without. Of a target
+        without an agent what was put into it is taken out: raises NotStopping.
         """
+        if self.is_attached:
+            self._take_out()
         if not self.has_agent:
             return
         with contextlib.suppress(OSError):  # it may come again at once, with another sentinel
@@ -383,6 +402,16 @@ class Session:
             self.native.call(agent.Message(agent.Kind.LEAVE).pack())
         except OSError as error:
             self._end_filtered(error)
+
+    def _take_out(self) -> None:
+        injection = self.native.injection()
+        if not self.native.mark(on=False):  # the program has unmapped the sentinel, and may have something else there
+            injection = replace(injection, sentinel=0)
+        try:
+            engine.eject(self.pid, injection, self.native.descriptors()[2])
+        except OSError as error:
+            if error.errno != errno.ESRCH and self.native.alive():
+                raise NotStopping(self.pid) from error
 
     def _end_filtered(self, error: OSError) -> None:
         """After a command that a seccomp filter forbids: end the agent without asking the filter.
@@ -404,8 +433,10 @@ class Session:
         """Tell the agent that nothing of it is out: it may greet the next daemon as new.
 
         Raises TargetStopped or AgentSilent when it does not say that it has heard (what it was told waits for it), and
-        TargetFiltered as `leave_agent`.
+        TargetFiltered and NotStopping as `leave_agent`.
         """
+        if self.is_attached and not self.left_bytes():
+            self._take_out()
         if not self.has_agent or self.left_bytes():
             return
         try:

@@ -32,7 +32,9 @@ log = logging.getLogger(__name__)
 FIRST_FD: Final = 3
 FLAG_FORK_EVENTS: Final = 1
 FLAG_AGENT: Final = 2
-"""What a page map notes of its session: forks raise events, and it has an agent, which will come again."""
+FLAG_ATTACHED: Final = 4
+"""What a page map notes of its session: forks raise events; it has an agent, which will come again; it has none, and
+its threads are borrowed."""
 
 LOCK, CONTROL, AGENT = 1, 2, 3
 LENT: Final = 0x10

@@ -193,6 +193,28 @@ class Survey:
     stop_ns: int
 
 
+@dataclass(frozen=True, slots=True)
+class Injection:
+    """What was put into a target without an agent: `number` is that of its userfaultfd there, `uffd` ours of it."""
+
+    region: int
+    region_bytes: int
+    sentinel: int
+    stop_ns: int
+    number: int
+    uffd: int
+    control: int
+
+
+@dataclass(frozen=True, slots=True)
+class Borrows:
+    """Stops of single threads outside a dump's own stops."""
+
+    stops: int
+    sum_ns: int
+    longest_ns: int
+
+
 _started: Any = None
 _start_lock = threading.Lock()
 
@@ -245,6 +267,24 @@ def uffd_lives(uffd: int) -> bool:
 def uffd_register(uffd: int, start: int, length: int) -> None:
     """Watch one whole mapping for missing pages and writes; OSError (EBUSY: another userfaultfd has it)."""
     check(lib.sn_uffd_register(uffd, start, length))
+
+
+def inject(pid: int, gift: int, *, make: bool) -> Injection:
+    """Put into a process what it must have to be managed without an agent.
+
+    `gift` is /dev/userfaultfd, and with `make` the process makes a userfaultfd of it; or else one of its own address
+    space that it is to have. OSError: EPERM, EBUSY (another tracer), ENOEXEC (32-bit code), `FILTERED`, EOPNOTSUPP
+    (its system calls go elsewhere), ESRCH, EAGAIN (it does not stop), and what the calls in it gave.
+    """
+    raw = ffi.new("struct sn_injection *")
+    check(lib.sn_inject(pid, gift, make, raw))
+    return Injection(*(getattr(raw, name) for name in Injection.__slots__))
+
+
+def eject(pid: int, injection: Injection, uffd: int) -> None:
+    """Take out of a process what `inject` has put there; a sentinel of 0 and a number of -1 stay. OSError likewise."""
+    raw = ffi.new("struct sn_injection *", tuple(getattr(injection, name) for name in Injection.__slots__))
+    check(lib.sn_eject(pid, raw, uffd))
 
 
 def same_memory(pid: int, other: int) -> bool:
@@ -418,6 +458,27 @@ class Session:
     def let(self, child_number: int) -> None:
         """Let the agent's copies for a child go, which has ended or has an agent of its own."""
         lib.sn_session_let(self.handle, child_number)
+
+    def lend(self, injection: Injection) -> None:
+        """Let threads of the target do what an agent would; takes the shared page over."""
+        raw = ffi.new("struct sn_injection *", tuple(getattr(injection, name) for name in Injection.__slots__))
+        check(lib.sn_session_lend(self.handle, raw))
+
+    def injection(self) -> Injection:
+        """Return what was put into the target, also by a former daemon; no `region_bytes` for nothing."""
+        raw = ffi.new("struct sn_injection *")
+        lib.sn_session_injection(self.handle, raw)
+        return Injection(*(getattr(raw, name) for name in Injection.__slots__))
+
+    def has_uffd(self) -> bool:
+        """Whether the target still has its userfaultfd open under the number that it was given."""
+        return bool(lib.sn_session_has_uffd(self.handle) == 1)
+
+    def borrows(self) -> Borrows:
+        """Return how often threads were borrowed outside of stops since the last call."""
+        raw = ffi.new("struct sn_borrows *")
+        lib.sn_session_borrows(self.handle, raw)
+        return Borrows(raw.stops, raw.sum_ns, raw.longest_ns)
 
     def alive(self) -> bool:
         """Whether the address space still exists."""

@@ -116,6 +116,30 @@ int sn_session_mark(struct sn_session *session, int on); /* write-protects the s
 
 /* Whether the address space of a userfaultfd still exists. */
 int sn_uffd_lives(int uffd);
+
+/* Attaching: what must be in a target that has no agent is put there by ptrace. gift is /dev/userfaultfd, with make, of
+ * which the target makes a userfaultfd; or one that is there. Either way ret_uffd is the caller's own descriptor of it,
+ * or -1 with a gift that was one already. -EPERM: not ours to trace; -EBUSY: another tracer; -ENOEXEC: 32-bit code;
+ * -EBADRQC: a filter that can't be suspended; -EOPNOTSUPP: dispatched system calls; -ESRCH; -EAGAIN: not now. */
+struct sn_injection {
+	uint64_t region, region_bytes, sentinel, stop_ns;
+	int number, uffd, control; /* of the userfaultfd in the target, ours, the page that is shared */
+};
+int sn_inject(int pid, int gift, int make, struct sn_injection *ret);
+/* Unmaps and closes what sn_inject has put there: uffd is ours of the same userfaultfd, or -1. A sentinel of 0 and a
+ * number of -1 stay. For when nothing but the sentinel is watched. */
+int sn_eject(int pid, const struct sn_injection *injection, int uffd);
+/* Threads of the target do what an agent would, from now on. Takes the shared page over. */
+int sn_session_lend(struct sn_session *session, const struct sn_injection *injection);
+/* What was put into the target, also by a former daemon: 0 bytes for nothing. */
+void sn_session_injection(struct sn_session *session, struct sn_injection *ret);
+/* Stops of single threads outside a dump's own stops, since the last call. */
+struct sn_borrows {
+	uint64_t stops, sum_ns, longest_ns;
+};
+void sn_session_borrows(struct sn_session *session, struct sn_borrows *ret);
+int sn_session_has_uffd(struct sn_session *session); /* 1: the target still has it open */
+
 int sn_uffd_api(int uffd, int with_fork, uint64_t *ret_features);
 int sn_uffd_register(int uffd, uint64_t start, uint64_t length);
 int sn_same_memory(int pid, int other); /* 1 when both processes share one address space */

@@ -91,6 +91,9 @@ struct page_map_header {
 	_Atomic uint64_t generation; /* says which table and which ring are current: both change by one store */
 	struct intent intents[MAX_INFLIGHT * MAX_SPANS];
 	struct snapd_run stagings[MAX_INFLIGHT];
+	struct snapd_run attached; /* what was mapped in a target without an agent */
+	int32_t attached_uffd;	   /* and the number of its userfaultfd there */
+	uint32_t reserved2;
 };
 
 #define PM_RING_OFFSET 4096UL
@@ -243,6 +246,7 @@ struct fresh { /* where the program is likely to use new memory next, and how mu
 	} streams[FRESH_STREAMS];
 	unsigned int next_victim;
 };
+struct loan;
 
 #define MAX_THREADS (int)(sizeof(((struct sn_survey_report *)0)->threads) / sizeof(struct sn_thread))
 #define MAX_KEPT (int)(sizeof(((struct sn_survey_report *)0)->kept) / sizeof(uint64_t))
@@ -276,6 +280,8 @@ struct sn_session {
 	struct stop *stop; /* made when first used, and the next two; for whoever holds mover */
 	struct robust *robust;
 	struct huge *huge;
+	struct loan *loan; /* of a target without an agent: its threads are borrowed; else NULL */
+	struct sn_borrows borrows;
 	uint32_t mover_seq;
 	int status_fd;    /* the mover's /proc status, or -1 */
 	bool mover_owes;  /* a command was given up on: until its reply is here there is no next one */
@@ -461,11 +467,28 @@ int stop_places(const struct stop *stop, struct sn_thread *ret, int capacity);
 int stop_threads(const struct stop *stop);
 pid_t stop_thread(const struct stop *stop, int index); /* 0: it does not stand */
 void stop_end(struct stop *stop);
+int stop_begin_one(struct stop *stop, int pid); /* only one thread, that can be lent; as stop_begin else */
+void stop_finish(struct stop *stop);
+bool stop_is_mine(const struct stop *stop); /* the caller is its tracer */
+bool stop_stands(const struct stop *stop);  /* it is between its begin and its end */
 
 /* task.c */
+int task_candidates(int pid, pid_t *ret, int capacity); /* threads that could be lent, the best first */
 bool task_may_be_left(int pid, pid_t tid);
 bool task_is_traced(int pid, pid_t tid);
 bool task_is_deaf(int pid, pid_t tid);
+bool task_is_filtered(int pid, pid_t tid);
+
+/* borrow.c, for stop.c */
+void borrow_end(struct stop *stop);
+
+/* inject.c */
+void loan_forget(struct sn_session *session);
+
+/* orders.c: the commands of an agent, carried out by a borrowed thread; for whoever holds session->mover. As
+ * mover.c's. */
+int orders_ready(struct sn_session *session);
+int orders_call(struct sn_session *session, struct snapd_wire *message);
 
 /* robust.c: for whoever holds session->mover */
 struct robust *robust_create(void);

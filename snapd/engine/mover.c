@@ -1,4 +1,5 @@
-/* The mover over an agent's socket: one command, one reply, and what happens when no reply comes.
+/* The mover: one command, one reply, and what happens when no reply comes from an agent's socket. Without an agent it
+ * is orders.c that carries it out.
  *
  * For whoever holds session->mover. Knows the wire format; no policy.
  */
@@ -195,6 +196,8 @@ static int send_and_wait(struct sn_session *session, struct snapd_wire *message)
 	ssize_t n;
 	int error;
 
+	if (session->loan)
+		return orders_call(session, message);
 	message->magic = SNAPD_WIRE_MAGIC;
 	message->version = SNAPD_WIRE_VERSION;
 	message->seq = ++session->mover_seq;
@@ -257,6 +260,8 @@ int mover_settle(struct sn_session *session)
 
 int mover_ready(struct sn_session *session)
 {
+	if (session->loan)
+		return orders_ready(session);
 	if (session->agent_sock < 0)
 		return -ENOTCONN;
 	if (session->mover_ended)

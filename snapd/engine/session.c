@@ -144,6 +144,7 @@ void session_forget(struct sn_session *session)
 		close(session->uffd);
 	}
 	mover_detach(session);
+	loan_forget(session);
 	hold_release(session);
 	memory_close(session);
 	close(session->wake_fd);

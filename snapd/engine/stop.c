@@ -4,14 +4,11 @@
  * blocking call goes back into it: the kernel restarts most by itself; those that it answers with EINTR are
  * restarted here where they have no time-out. Owns threads and their registers; knows nothing of memory. */
 #include "internal.h"
-
-#define SNAPD_ARCH_REGS
-#include "../agent/arch.h"
+#include "stop.h"
 
 #include <errno.h>
 #include <fcntl.h>
 #include <sched.h>
-#include <setjmp.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -25,27 +22,12 @@
 #define LIMIT_A_THREAD_NS 30000ULL /* each thread that is found gives all of them so much more */
 #define LINGER_NS 1000000000ULL
 #define TICK_NS 1000000L /* the tracer looks at the clock this often */
+#define ONE_NS 3000000ULL /* so long one thread may take to stand before the next one is asked */
 #define DEAF_TICKS 3
 #define TICK_SIGNAL (SIGRTMIN + 9)
 #define IO_URING_EXT_ARG 8
 
-struct thread {
-	pid_t tid;
-	int signal; /* to be delivered at the end: the thread had just taken it */
-	int deaf;   /* ticks in a row at which it slept where no signal reaches it */
-	bool stopped, gone, have_regs;
-	arch_regs regs;
-};
-
-struct stop {
-	int pid, nthreads, cause;
-	uint64_t deadline_ns;
-	bool timer_set;
-	timer_t timer;
-	volatile sig_atomic_t seizing;
-	sigjmp_buf way_out;
-	struct thread threads[MAX_THREADS];
-};
+static _Thread_local const struct stop *mine; /* of the thread that is its tracer */
 
 struct dirent64_raw {
 	uint64_t ino;
@@ -98,6 +80,16 @@ pid_t stop_thread(const struct stop *stop, int index)
 	const struct thread *thread = &stop->threads[index];
 
 	return thread->stopped && !thread->gone ? thread->tid : 0;
+}
+
+bool stop_is_mine(const struct stop *stop)
+{
+	return stop && mine == stop;
+}
+
+bool stop_stands(const struct stop *stop)
+{
+	return stop->standing;
 }
 
 static void timer_end(struct stop *stop)
@@ -294,6 +286,9 @@ void stop_end(struct stop *stop)
 {
 	int kept = 0;
 
+	if (stop->lent)
+		borrow_end(stop);
+	stop->standing = false;
 	for (int i = 0; i < stop->nthreads; i++) {
 		struct thread *thread = &stop->threads[i];
 
@@ -301,8 +296,11 @@ void stop_end(struct stop *stop)
 			continue;
 		if (thread->stopped && !thread->have_regs)
 			look_at_registers(thread);
-		if (thread->stopped && ptrace(PTRACE_DETACH, thread->tid, NULL, (void *)(long)thread->signal) == 0)
+		if (thread->stopped && ptrace(PTRACE_DETACH, thread->tid, NULL, (void *)(long)thread->signal) == 0) {
+			if (thread->again) /* it came while the thread was lent */
+				syscall(SYS_kill, stop->pid, thread->again);
 			continue;
+		}
 		thread->stopped = false; /* it was killed as it stood: its end is still to be waited for */
 		if (kept != i)
 			stop->threads[kept] = *thread;
@@ -380,10 +378,83 @@ int stop_begin(struct stop *stop, int pid, const int skip[2])
 		for (int i = 0; i < stop->nthreads; i++)
 			if (stop->threads[i].stopped && !stop->threads[i].gone)
 				look_at_registers(&stop->threads[i]);
+		stop->standing = stop->nthreads > 0;
 		return stop->nthreads ? SN_MOVED : SN_GONE;
 	}
 	stop_end(stop);
 	return stop->cause == -ESRCH ? SN_GONE : stop->cause == -EPERM ? SN_TRACED : SN_BUSY;
+}
+
+static bool one_stands(struct stop *stop)
+{
+	for (int i = 0; i < stop->nthreads; i++)
+		if (stop->threads[i].stopped && !stop->threads[i].gone && !stop->threads[i].signal)
+			return true;
+	return false;
+}
+
+/* Asks one thread after the other until one stands; those that were asked and do not are seen off at the end. */
+static int stop_any(struct stop *stop)
+{
+	pid_t tids[MAX_CANDIDATES];
+	int n = task_candidates(stop->pid, tids, MAX_CANDIDATES), error;
+
+	if (n <= 0)
+		return n ? n : -EAGAIN;
+	error = timer_begin(stop);
+	for (int i = 0; i < n && !error; i++) {
+		error = seize(stop, tids[i]);
+		if (error == ESRCH || error == EPERM) {
+			error = error == EPERM && task_is_traced(stop->pid, tids[i]) ? -EPERM : 0;
+			continue;
+		}
+		if (ptrace(PTRACE_INTERRUPT, tids[i], NULL, NULL) == 0 || !error)
+			add_thread(stop, tids[i]);
+		if (error)
+			return -error;
+		for (uint64_t until = now_ns() + ONE_NS; left(stop) && now_ns() < until;) {
+			int status;
+			pid_t tid = waitpid(-1, &status, __WALL | __WNOTHREAD);
+
+			if (tid > 0)
+				take_in(stop, tid, status);
+			else
+				forget_ended(stop);
+			if (one_stands(stop))
+				return 0;
+		}
+	}
+	return error ? error : -EAGAIN;
+}
+
+/* For a tracer: one thread that can be lent stands, the others run on. As stop_begin else. */
+int stop_begin_one(struct stop *stop, int pid)
+{
+	stop->pid = pid;
+	stop->nthreads = 0;
+	stop->deadline_ns = now_ns() + LIMIT_NS;
+	stop->cause = stop_any(stop);
+	if (!stop->cause) {
+		timer_end(stop);
+		for (int i = 0; i < stop->nthreads; i++)
+			if (stop->threads[i].stopped && !stop->threads[i].gone)
+				look_at_registers(&stop->threads[i]);
+		stop->standing = true;
+		return SN_MOVED;
+	}
+	stop_finish(stop);
+	return stop->cause == -ESRCH ? SN_GONE : stop->cause == -EPERM ? SN_TRACED : SN_BUSY;
+}
+
+/* For a tracer that has another stop to come: lets all go, also those that do not stand yet. */
+void stop_finish(struct stop *stop)
+{
+	stop_end(stop);
+	if (stop->nthreads && !stop->timer_set)
+		timer_begin(stop);
+	if (stop->timer_set)
+		see_off(stop);
+	timer_end(stop);
 }
 
 struct tracer {
@@ -398,13 +469,10 @@ static void *tracer_main(void *arg)
 	struct tracer *tracer = arg;
 
 	tracer->tid = (pid_t)syscall(SYS_gettid);
+	mine = tracer->stop;
 	prefer_thread();
 	tracer->run(tracer->arg);
-	if (tracer->stop->nthreads && !tracer->stop->timer_set)
-		timer_begin(tracer->stop);
-	if (tracer->stop->timer_set)
-		see_off(tracer->stop);
-	timer_end(tracer->stop);
+	stop_finish(tracer->stop);
 	return NULL;
 }
 

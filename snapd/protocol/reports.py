@@ -119,6 +119,22 @@ class RestoreReport(Report):
 
 
 @dataclass(frozen=True, slots=True)
+class Refusal(Report):
+    """A process of a tree that was not attached, and why: one sentence."""
+
+    pid: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class AttachReport(Report):
+    """Which processes are managed now, and which of a tree are not."""
+
+    attached: tuple[int, ...]
+    refused: tuple[Refusal, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class DaemonInfo(Report):
     """The daemon itself; `keeper_pid` is None when it has no understudy."""
 

@@ -93,6 +93,14 @@ def integer(given: Parameters, name: str, low: int, high: int | None = None) -> 
     return value
 
 
+def flag(given: Parameters, name: str) -> bool:
+    """Return a Boolean parameter, False when absent or null; raises RefusedError for another type."""
+    value = given.get(name)
+    if value is not None and type(value) is not bool:
+        raise RefusedError("InvalidParameter", parameter=name)
+    return bool(value)
+
+
 def optional_name(given: Parameters, name: str, allowed: re.Pattern[str]) -> str | None:
     """Return a text parameter, None when absent or null; raises RefusedError for one that is not `allowed`."""
     value = given.get(name)

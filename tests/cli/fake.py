@@ -19,7 +19,15 @@ from snapd import errors
 from snapd.daemon.server import Peer, listen, serve_control
 from snapd.directories import RuntimeLock
 from snapd.protocol.options import DumpOptions
-from snapd.protocol.reports import DaemonInfo, DumpProgress, DumpReport, RestoreReport, SessionInfo, StatusReport
+from snapd.protocol.reports import (
+    AttachReport,
+    DaemonInfo,
+    DumpProgress,
+    DumpReport,
+    RestoreReport,
+    SessionInfo,
+    StatusReport,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -121,6 +129,11 @@ class FakeBackend:
         """Pretend a restore."""
         await self._work("restore", peer, pid, progress)
         return RestoreReport(pid, 64 * MIB, 0.5)
+
+    async def attach(self, peer: Peer, pid: int, *, tree: bool) -> AttachReport:
+        """Pretend an attach; a tree has one process more."""
+        await self._work("attach", peer, pid, lambda _: None)
+        return AttachReport((pid, pid + 1) if tree else (pid,))
 
     async def detach(self, peer: Peer, pid: int) -> None:
         """Pretend a detach."""

@@ -42,7 +42,7 @@ SENTENCES = {
     "NoSuchProcess": (20, "There is no process 42: look for the right one with 'snapd status' or ps."),
     "NotCooperating": (
         21,
-        "Process 42 is not managed by this daemon: start it with 'snapd run', or call snapd.cooperate() in it.",
+        "Process 42 is not managed by this daemon: attach it with 'snapd attach 42', or start it with 'snapd run'.",
     ),
     "NotPermitted": (22, "Process 42 may not be managed by user 42: ask its owner, or run the command as root."),
     "SessionBusy": (23, "Process 42 is busy with another dump or restore: wait until that has ended, then try again."),
@@ -113,6 +113,10 @@ SENTENCES = {
         ),
     ),
     "Internal": (50, "snapd made a mistake of its own (/some/where): please report it together with the daemon's log."),
+    "NotAttachable": (
+        61,
+        "Process 42 cannot be attached (/some/where): leave it as it is, or start it with 'snapd run'.",
+    ),
     "TargetFiltered": (
         60,
         (
