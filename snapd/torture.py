@@ -92,9 +92,15 @@ class TortureReport(Report):
 class Torture:
     """One run: dumps whatever the daemon of `runtime_dir` manages until told that the program has ended."""
 
-    def __init__(self, runtime_dir: Path, cmd: str, *, seed: int, interval_s: float) -> None:
-        """Torment `cmd` by what `seed` decides; a process is left alone for `interval_s` between dumps, on average."""
+    def __init__(
+        self, runtime_dir: Path, cmd: str, *, seed: int, interval_s: float, attach_pid: int | None = None
+    ) -> None:
+        """Torment `cmd` by what `seed` decides; a process is left alone for `interval_s` between dumps, on average.
+
+        With `attach_pid` it has no agent: that process is attached, and all its descendants.
+        """
         self._runtime_dir = runtime_dir
+        self._attach_pid = attach_pid
         self._cmd = cmd
         self._seed = seed
         self._interval_s = interval_s
@@ -132,6 +138,8 @@ class Torture:
         began = trio.current_time()
         async with AsyncClient(self._runtime_dir) as client:
             while True:
+                if self._attach_pid is not None:
+                    await self._attach(client, self._attach_pid)
                 status = await client.status()
                 self._look(status)
                 for pid in sorted({one.pid for one in status.sessions if one.pid} - self._tormented):
@@ -139,9 +147,15 @@ class Torture:
                     self._seen += 1
                     nursery.start_soon(self._torment, pid, self._seen)
                 if not status.totals.sessions and trio.current_time() - began > ATTACH_S:
-                    raise NotManageable(self._cmd, f"its agent did not reach the daemon within {ATTACH_S:g} s")
+                    raise NotManageable(self._cmd, f"it was not managed within {ATTACH_S:g} s")
                 # At moments with exponential gaps a look sees what any moment sees.
                 await trio.sleep(self._rng.expovariate(1 / WATCH_S))
+
+    async def _attach(self, client: AsyncClient, pid: int) -> None:
+        try:
+            await client.attach(pid, tree=True)
+        except (*_ENDED, *_LATER) as error:  # it is between two programs, or about to end
+            self._put_off[type(error).__name__] += 1
 
     def _look(self, status: StatusReport) -> None:
         out = sum(one.swapped_bytes for one in status.sessions)

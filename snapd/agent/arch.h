@@ -179,8 +179,8 @@ static inline void arch_as_resumed(arch_regs *regs)
  *
  * Each batch: as long as the word names a tracer, call after call; then the word goes to done, and whoever waits there
  * is woken. Then the next batch, when the word has changed. A word without a tracer (the kernel makes it so when the
- * tracer dies, before it lets any thread go) ends all of that: flags, stack pointer, signal mask and registers become
- * the program's. Until the mask is, no signal comes in. */
+ * tracer dies, before it lets any thread go) ends all of that: it is scheduled as before, and flags, stack pointer,
+ * signal mask and registers become the program's. Until the mask is, no signal comes in. */
 #define ARCH_STUB                                                                                                      \
 	".pushsection .rodata.snapd_stub,\"a\",@progbits\n"                                                            \
 	".balign 16\n"                                                                                                 \
@@ -197,7 +197,16 @@ static inline void arch_as_resumed(arch_regs *regs)
 	"	jae 5f\n"                                                                                             \
 	"	testl $0x3fffffff, (%rbx)\n"                                                                          \
 	"	jz 8f\n"                                                                                              \
-	"	movq (%rbp), %rax\n"                                                                                  \
+	"	movl 64(%rbp), %eax\n"                                                                                \
+	"	testl $8, %eax\n"                                                                                     \
+	"	jz 11f\n"                                                                                             \
+	"	cmpq $-16, -16(%rbp)\n"                                                                               \
+	"	jne 13f\n"                                                                                            \
+	"11:	testl $16, %eax\n"                                                                                    \
+	"	jz 12f\n"                                                                                             \
+	"	cmpq $-16, -88(%rbp)\n"                                                                               \
+	"	jne 13f\n"                                                                                            \
+	"12:	movq (%rbp), %rax\n"                                                                                  \
 	"	movq 8(%rbp), %rdi\n"                                                                                 \
 	"	movq 16(%rbp), %rsi\n"                                                                                \
 	"	movq 24(%rbp), %rdx\n"                                                                                \
@@ -214,7 +223,13 @@ static inline void arch_as_resumed(arch_regs *regs)
 	"	movq %rax, 80(%rbp)\n"                                                                                \
 	"3:	addq $72, %rbp\n"                                                                                     \
 	"	jmp 2b\n"                                                                                             \
-	"4:	testl $2, 64(%rbp)\n"                                                                                 \
+	"13:	incl %r13d\n"                                                                                         \
+	"	jmp 3b\n"                                                                                             \
+	"4:	testl $4, 64(%rbp)\n"                                                                                 \
+	"	jz 14f\n"                                                                                             \
+	"	cmpq $-16, %rax\n"                                                                                    \
+	"	je 3b\n"                                                                                              \
+	"14:	testl $2, 64(%rbp)\n"                                                                                 \
 	"	jnz 5f\n"                                                                                             \
 	"	testl $1, 64(%rbp)\n"                                                                                 \
 	"	jz 3b\n"                                                                                              \
@@ -239,7 +254,19 @@ static inline void arch_as_resumed(arch_regs *regs)
 	"	jmp 6b\n"                                                                                             \
 	"7:	testl $0x3fffffff, %edx\n"                                                                            \
 	"	jnz 1b\n"                                                                                             \
-	"8:	leaq 176(%rbx), %rsp\n"                                                                               \
+	"8:	movl 24(%rbx), %r12d\n"                                                                               \
+	"	leaq 4864(%rbx), %rbp\n"                                                                              \
+	"9:	testl %r12d, %r12d\n"                                                                                 \
+	"	jz 10f\n"                                                                                             \
+	"	movq (%rbp), %rax\n"                                                                                  \
+	"	movq 8(%rbp), %rdi\n"                                                                                 \
+	"	movq 16(%rbp), %rsi\n"                                                                                \
+	"	movq 24(%rbp), %rdx\n"                                                                                \
+	"	syscall\n"                                                                                            \
+	"	addq $72, %rbp\n"                                                                                     \
+	"	decl %r12d\n"                                                                                         \
+	"	jmp 9b\n"                                                                                             \
+	"10:	leaq 176(%rbx), %rsp\n"                                                                               \
 	"	popfq\n"                                                                                              \
 	"	movq 184(%rbx), %rsp\n"                                                                               \
 	"	movl $14, %eax\n"                                                                                     \

@@ -79,8 +79,9 @@ def _seconds(_ctx: click.Context, _param: click.Parameter, value: str) -> float:
     metavar="TIME",
     help="How long a process is left alone between two dumps, on average.",
 )
+@click.option("--attach", is_flag=True, help="Start CMD without an agent, and attach it and its children.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object behind what the command prints.")
-def command(arguments: tuple[str, ...], seed: int | None, interval_s: float, as_json: bool) -> None:
+def command(arguments: tuple[str, ...], seed: int | None, interval_s: float, attach: bool, as_json: bool) -> None:
     """Run CMD as 'snapd run' does, and dump random parts of it and its children at random moments until it ends.
 
     The daemon is a private one, in a temporary directory (TMPDIR). Exit status: CMD's own, ended by its signal if it
@@ -88,13 +89,13 @@ def command(arguments: tuple[str, ...], seed: int | None, interval_s: float, as_
     """
     seed = secrets.randbelow(_MAX_SEED + 1) if seed is None else seed
     with output.errors_as_json(as_json):
-        reason = run.obstacle_to_managing(arguments[0])
+        reason = None if attach else run.obstacle_to_managing(arguments[0])
         if reason is not None:
             raise NotManageable(arguments[0], reason)
         if shutil.which(arguments[0]) is None:
             raise CommandNotFound(arguments[0])
         try:
-            report, alarms = _torture(arguments, seed, interval_s)
+            report, alarms = _torture(arguments, seed, interval_s, attach=attach)
         except BaseException:
             output.complain(f"the seed was {seed}")
             raise
@@ -111,7 +112,9 @@ def command(arguments: tuple[str, ...], seed: int | None, interval_s: float, as_
     _end_as(report.exit_status, report.signal)
 
 
-def _torture(arguments: Sequence[str], seed: int, interval_s: float) -> tuple[TortureReport, list[str]]:
+def _torture(
+    arguments: Sequence[str], seed: int, interval_s: float, *, attach: bool
+) -> tuple[TortureReport, list[str]]:
     from snapd.torture import Torture
 
     with tempfile.TemporaryDirectory(prefix="snapd-torture-") as directory:
@@ -119,9 +122,16 @@ def _torture(arguments: Sequence[str], seed: int, interval_s: float) -> tuple[To
         Path(directory).chmod(0o755)
         runtime_dir, log = Path(directory, "run"), Path(directory, "daemon.log")
         with _daemon(runtime_dir, Path(directory, "state"), log) as daemon_fd:
-            torture = Torture(runtime_dir, arguments[0], seed=seed, interval_s=interval_s)
             began = time.monotonic()
-            with _program(arguments, runtime_dir) as child:
+            environ = dict(os.environ) if attach else run.environment(runtime_dir)
+            with _program(arguments, environ) as child:
+                torture = Torture(
+                    runtime_dir,
+                    arguments[0],
+                    seed=seed,
+                    interval_s=interval_s,
+                    attach_pid=child.pid if attach else None,
+                )
                 _torment(torture, child, daemon_fd)
                 status = child.wait()
             duration_s = time.monotonic() - began
@@ -247,9 +257,9 @@ def _lines(log: Path) -> list[str]:
 
 
 @contextmanager
-def _program(arguments: Sequence[str], runtime_dir: Path) -> Generator[_Child, None, None]:
+def _program(arguments: Sequence[str], environ: dict[str, str]) -> Generator[_Child, None, None]:
     """Run the command in the foreground, signals passed on; it is killed when the block ends by an error."""
-    child = _Child(lambda: run.execute(tuple(arguments), run.environment(runtime_dir)))
+    child = _Child(lambda: run.execute(tuple(arguments), environ))
 
     def forward(number: int, _frame: object) -> None:
         if number not in (signal.SIGINT, signal.SIGQUIT) or not _in_foreground():

@@ -140,25 +140,31 @@ def attach(pid: int, uid: int, state_dir: Path) -> Session:
         undo.pop_all()
         native.note(uid=uid, born=procfs.start_ticks(pid), flags=FLAG_FORK_EVENTS | FLAG_ATTACHED)
         native.lend(injection)
+        native.set_forked()  # it may have children already
         session = Session(native, store, pid=pid, uid=uid, pidfd=pidfd, sentinel=injection.sentinel)
         session.own, session.is_attached = _own_ranges(injection.sentinel, injection), True
         return session
 
 
-def attach_again(session: Session) -> tuple[Range, ...]:
+def attach_again(session: Session) -> tuple[tuple[Range, ...], engine.Injection]:
     """Lend threads of a process whose session there is: a forked child's, a former daemon's, or one that closed its fd.
 
-    Returns what of its memory is ours now. Raises as `attach`.
+    Returns what of its memory is ours now, and what was put into it formerly: for `forget`, when what was on its way is
+    finished. Raises as `attach`.
     """
     former = session.native.injection()
     uffd = session.native.descriptors()[2]
     injection = _inject(session.pid, uffd, make=False)
     session.native.lend(injection)
     session.native.note(uid=session.uid, born=procfs.start_ticks(session.pid), flags=FLAG_FORK_EVENTS | FLAG_ATTACHED)
+    return _own_ranges(session.sentinel, injection), former
+
+
+def forget(session: Session, former: engine.Injection) -> None:
+    """Take out what a former daemon had put into the process, but the sentinel."""
     if former.region_bytes:
         with suppress(OSError):  # it stays until the process ends
-            engine.eject(session.pid, replace(former, sentinel=0), uffd)
-    return _own_ranges(session.sentinel, injection)
+            engine.eject(session.pid, replace(former, sentinel=0), session.native.descriptors()[2])
 
 
 def _own_ranges(sentinel: int, injection: engine.Injection) -> tuple[Range, ...]:

@@ -410,7 +410,6 @@ class Dump:
             raise self._session.silence()
         if outcome is Outcome.FILTERED:
             raise TargetFiltered(self._pid)
-        if outcome is Outcome.TRACED:
             raise TargetTraced(self._pid)
         if outcome is Outcome.FAILED:
             log.warning("pid %d: a piece could not be moved: %s", self._pid, os.strerror(-cause))

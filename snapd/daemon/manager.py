@@ -211,7 +211,9 @@ class Manager:
         attach.check(pid, peer.uid)
         if session is not None and not session.has_mover:
             async with session.doing(State.RECOVERING):
-                session.attach(await self._in_thread(session, partial(attach.attach_again, session)))
+                own, former = await self._in_thread(session, partial(attach.attach_again, session))
+                session.attach(own)
+                await self._in_thread(session, partial(attach.forget, session, former))
         else:
             if old is not None:  # it has executed another program, which was not noticed yet
                 with trio.move_on_after(agents.HANDSHAKE_S):
@@ -231,16 +233,23 @@ class Manager:
 
     async def _attach_former(self, session: Session) -> None:
         """A former daemon had attached the process: its threads are lent to us now."""
+        formers: list[engine.Injection] = []
         for delay_s in itertools.chain(LEND_DELAYS_S, itertools.repeat(LEND_DELAYS_S[-1])):
             try:
                 async with session.doing(State.RECOVERING):
-                    own = await self._in_thread(session, partial(attach.attach_again, session))
+                    own, former = await self._in_thread(session, partial(attach.attach_again, session))
+                    formers.append(former)
                     await self._in_thread(session, session.recover)
                     session.attach(own)
+                    for one in formers:
+                        await self._in_thread(session, partial(attach.forget, session, one))
             except TargetGone:
                 return
             except SnapdError as error:
                 log.info("pid %d: not taken over yet: %s", session.pid, error)
+                if isinstance(error, NotStopping):
+                    with contextlib.suppress(OSError):
+                        await self._in_thread(session, session.native.hand_out)
             else:
                 log.info("pid %d (%s): taken over", session.pid, session.comm())
                 return

@@ -580,6 +580,10 @@ class Session:
         """Stop watching whole mappings; OSError EBUSY while a page of them is out."""
         check(lib.sn_release(self.handle, start, end))
 
+    def hand_out(self) -> None:
+        """Let a program without an agent have what waits in a cut stop, since none of its threads can be lent."""
+        check(lib.sn_session_hand_out(self.handle))
+
     def recover(self) -> Outcome:
         """Finish what a former daemon's mover was told and a stop that was cut; BUSY: try again."""
         return Outcome(lib.sn_session_recover(self.handle))

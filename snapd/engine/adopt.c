@@ -177,6 +177,7 @@ int sn_session_resume(struct sn_session *session)
 {
 	int error;
 
+	haste_end_former(&session->pm.header->haste, atomic_load(&session->pid));
 	adopt_forks(session);
 	recover_begin(session);
 	error = session_start(session);

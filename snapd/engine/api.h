@@ -258,6 +258,7 @@ int sn_session_resume(struct sn_session *session);
 /* With an agent again: finishes what the former daemon's mover and a cut stop have left. Returns an sn_outcome;
  * SN_BUSY: try again. */
 int sn_session_recover(struct sn_session *session);
+int sn_session_hand_out(struct sn_session *session);
 int sn_session_is_cut(struct sn_session *session); /* 1: pages wait for that */
 /* A piece that was moved and not packed or dropped, slot 0 to 3; NULL: there is none. */
 struct sn_piece *sn_piece_adopt(struct sn_session *session, int slot);

@@ -19,7 +19,7 @@
 #define CUT_NS 1000000ULL /* the agent has to come again first */
 
 struct place {
-	bool known, recorded, not_now;
+	bool known, recorded, not_now, handed;
 	uint64_t index, entry, aside, reused;
 };
 
@@ -63,6 +63,7 @@ static struct place look_up(struct sn_session *session, uint64_t address)
 	/* In a stop: the entry is decided at its end, and until the asides were looked at a page that came into one of
 	 * them would pass for what the program had there. In a forked child: its copy is on the way. After a takeover:
 	 * the target's memory is not open yet. */
+	place.handed = session->cut && session->handing && place.known && place.entry & ENTRY_MOVING && place.aside;
 	place.not_now = session->unseen || (place.known && (place.entry & ENTRY_MOVING ||
 		(ENTRY_STATE(place.entry) == ST_ASIDE && (session->source || atomic_load(&session->mem_fd) < 0))));
 	return place;
@@ -253,6 +254,26 @@ static enum fill_result put_page(struct sn_session *session, struct filler *fill
 	}
 }
 
+/* The entry stays as it is: where a page of a cut stop is found in the end is where it is served from, and one that is
+ * present is not asked for. */
+static enum fill_result hand_out(struct sn_session *session, struct filler *filler, const struct place *place,
+				 uint64_t address)
+{
+	enum uffd_result result = UFFD_AGAIN;
+	struct place again;
+	uint64_t from;
+
+	if (recover_find(session, place->index, place->aside, &from) || !from ||
+	    memory_read(session, from, filler->page, PAGE) != (long)PAGE)
+		return FILL_LATER;
+	pthread_rwlock_rdlock(&session->lock);
+	again = look_up(session, address);
+	if (again.handed && again.index == place->index && again.aside == place->aside)
+		result = uffd_copy(session->uffd, address, filler->page, PAGE, 0, NULL);
+	pthread_rwlock_unlock(&session->lock);
+	return result_of(session, address, result);
+}
+
 enum fill_result fill_page(struct sn_session *session, struct filler *filler, struct fault *fault, bool nowait)
 {
 	filler->from_store = filler->unknown = false;
@@ -264,6 +285,8 @@ enum fill_result fill_page(struct sn_session *session, struct filler *filler, st
 		pthread_rwlock_rdlock(&session->lock);
 		place = look_up(session, fault->address);
 		pthread_rwlock_unlock(&session->lock);
+		if (place.handed)
+			return hand_out(session, filler, &place, fault->address);
 		if (place.not_now)
 			return FILL_LATER;
 		if (place.known && ENTRY_STATE(place.entry) == ST_STORED)

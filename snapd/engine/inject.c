@@ -21,6 +21,7 @@
 #include <unistd.h>
 
 #define STOP_TRIES 50
+#define STOP_TRIES_AGAIN 2 /* of one thread; who asked asks again */
 #define STOP_PAUSE_US 5000
 #define KCMP_FILE 0
 #define NAME "snapd"
@@ -47,6 +48,7 @@ struct injector {
 	int pid, pidfd, mem;
 	uint64_t call_site, mask;
 	int gift, make;
+	struct haste haste;
 	struct sn_injection *ret;
 	int error;
 };
@@ -152,6 +154,7 @@ static int begin_calls(struct injector *injector)
 	if (ptrace(PTRACE_GETSIGMASK, injector->thread->tid, (void *)sizeof(all), &injector->mask) ||
 	    ptrace(PTRACE_SETSIGMASK, injector->thread->tid, (void *)sizeof(all), &all))
 		return -ESRCH;
+	haste_begin(injector->thread->tid, &injector->haste);
 	return 0;
 }
 
@@ -161,6 +164,7 @@ static void end_calls(struct injector *injector)
 		return;
 	ptrace(PTRACE_SETREGS, injector->thread->tid, NULL, &injector->thread->regs);
 	ptrace(PTRACE_SETSIGMASK, injector->thread->tid, (void *)sizeof(injector->mask), &injector->mask);
+	haste_end(&injector->haste);
 }
 
 static void close_there(struct injector *injector, long fd)
@@ -275,21 +279,42 @@ static int map_sentinel(struct injector *injector)
 			 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 }
 
-/* A program may unmap what it did not map, and then have something of its own there. */
-static bool is_ours(const struct injector *injector, uint64_t at)
+/* By maps of a process: a program may unmap what it did not map, and then have something of its own there. */
+static bool is_code(int maps, uint64_t at)
 {
 	static const char wanted[] = "/memfd:" NAME " ";
-	char path[64], name[256] = "";
+	char name[256] = "";
 	struct snapd_procmap_query vma = {.size = sizeof(vma), .query_addr = at, .vma_name_addr = (uintptr_t)name,
 					  .vma_name_size = sizeof(name)};
-	int maps, error;
 
-	snprintf(path, sizeof(path), "/proc/%d/maps", injector->pid);
+	return ioctl(maps, SNAPD_PROCMAP_QUERY, &vma) == 0 && vma.vma_start == at &&
+	       strncmp(name, wanted, sizeof(wanted) - 1) == 0;
+}
+
+/* By what the process executes now: the session's own descriptors show the address space that it was. */
+static bool is_ours(int pid, uint64_t at)
+{
+	char path[64];
+	bool ret;
+	int maps;
+
+	snprintf(path, sizeof(path), "/proc/%d/maps", pid);
 	maps = open(path, O_RDONLY | O_CLOEXEC);
-	error = maps < 0 ? -errno : ioctl(maps, SNAPD_PROCMAP_QUERY, &vma);
+	ret = maps >= 0 && is_code(maps, at);
 	if (maps >= 0)
 		close(maps);
-	return !error && vma.vma_start == at && strncmp(name, wanted, sizeof(wanted) - 1) == 0;
+	return ret;
+}
+
+/* 0, -EFAULT: the program has unmapped it, or -EPIPE: it has executed another program, and what is held of the former
+ * one's memory still shows it. */
+int loan_find_code(struct sn_session *session)
+{
+	uint64_t at = session->pm.header->attached.start;
+
+	if (is_ours(atomic_load(&session->pid), at))
+		return 0;
+	return is_code(atomic_load(&session->maps_fd), at) ? -EPIPE : -EFAULT;
 }
 
 static void unmap_all(struct injector *injector)
@@ -298,7 +323,8 @@ static void unmap_all(struct injector *injector)
 
 	if (what->sentinel)
 		CALL(injector, SYS_munmap, what->sentinel - PAGE, SENTINEL_BYTES);
-	if (what->region_bytes && is_ours(injector, what->region) && is_ours(injector, what->region + CODE_BYTES))
+	if (what->region_bytes && is_ours(injector->pid, what->region) &&
+	    is_ours(injector->pid, what->region + CODE_BYTES))
 		CALL(injector, SYS_munmap, what->region, what->region_bytes);
 }
 
@@ -427,7 +453,7 @@ static int run_job(struct job *job)
 	injector->stop = stop_create();
 	error = injector->pidfd < 0 ? -errno : injector->stop ? find_call_site(injector) : -ENOMEM;
 	job->ret = error ? error : -EAGAIN;
-	for (int tries = 0; tries < STOP_TRIES && job->ret == -EAGAIN; tries++) {
+	for (int tries = 0; tries < (job->any ? STOP_TRIES_AGAIN : STOP_TRIES) && job->ret == -EAGAIN; tries++) {
 		if (tries)
 			usleep(STOP_PAUSE_US);
 		injector->error = 0;
@@ -490,7 +516,7 @@ int sn_session_lend(struct sn_session *session, const struct sn_injection *injec
 	}
 	if (loan)
 		*loan = (struct loan){.control = control, .code = injection->region,
-				      .uffd = injection->number};
+				      .uffd = injection->number, .haste = &session->pm.header->haste};
 	pthread_mutex_lock(&session->mover);
 	loan_forget(session);
 	session->loan = loan;

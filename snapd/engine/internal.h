@@ -78,6 +78,23 @@ struct intent { /* a span of a piece on its way, for a successor */
 
 #define FLAG_FORK_EVENTS 1 /* of a page map; the others are the daemon's own, and not a forked child's */
 
+/* As the kernel has it in its first version. */
+struct snapd_sched_attr {
+	uint32_t size, policy;
+	uint64_t flags;
+	int32_t nice;
+	uint32_t priority;
+	uint64_t runtime, deadline, period;
+};
+#define SNAPD_SCHED_RESET_ON_FORK 1
+
+struct haste { /* a lent thread that goes before others, and how it was scheduled */
+	_Atomic int32_t tid;
+	uint32_t reserved;
+	uint64_t slack_ns;
+	struct snapd_sched_attr was;
+};
+
 struct page_map_header {
 	char magic[8];
 	uint32_t version, page_size;
@@ -94,6 +111,7 @@ struct page_map_header {
 	struct snapd_run attached; /* what was mapped in a target without an agent */
 	int32_t attached_uffd;	   /* and the number of its userfaultfd there */
 	uint32_t reserved2;
+	struct haste haste;
 };
 
 #define PM_RING_OFFSET 4096UL
@@ -266,6 +284,7 @@ struct sn_session {
 	struct notice birth, end;
 	uint32_t number;   /* in the registry */
 	atomic_bool cut;   /* a former daemon died in a stop: its pages wait for sn_session_recover */
+	bool handing;	   /* or for nobody: see sn_session_hand_out() */
 	atomic_bool adopted; /* of a former daemon: its ring may have events that were not applied */
 	atomic_int pid;
 	int uffd, agent_sock, wake_fd;
@@ -465,6 +484,7 @@ int stop_cause(const struct stop *stop);		       /* a negative errno, of stop_be
 bool stop_touches(const struct stop *stop, uint64_t start, uint64_t end); /* a stack top or TLS is inside */
 int stop_places(const struct stop *stop, struct sn_thread *ret, int capacity);
 int stop_threads(const struct stop *stop);
+uint64_t stop_lasted_ns(const struct stop *stop);
 pid_t stop_thread(const struct stop *stop, int index); /* 0: it does not stand */
 void stop_end(struct stop *stop);
 int stop_begin_one(struct stop *stop, int pid); /* only one thread, that can be lent; as stop_begin else */
@@ -479,6 +499,11 @@ bool task_is_traced(int pid, pid_t tid);
 bool task_is_deaf(int pid, pid_t tid);
 bool task_is_filtered(int pid, pid_t tid);
 
+/* haste.c */
+void haste_begin(pid_t tid, struct haste *ret); /* for a tracer of the thread; tid stays 0 when nothing was changed */
+void haste_end(struct haste *haste);
+void haste_end_former(struct haste *haste, int pid);
+
 /* borrow.c, for stop.c */
 void borrow_end(struct stop *stop);
 
@@ -488,6 +513,7 @@ void loan_forget(struct sn_session *session);
 /* orders.c: the commands of an agent, carried out by a borrowed thread; for whoever holds session->mover. As
  * mover.c's. */
 int orders_ready(struct sn_session *session);
+int loan_find_code(struct sn_session *session); /* inject.c: whether it is there still, in the same program */
 int orders_call(struct sn_session *session, struct snapd_wire *message);
 
 /* robust.c: for whoever holds session->mover */

@@ -14,6 +14,8 @@
 #include <sys/ioctl.h>
 #include <unistd.h>
 
+#define LOOKS 2
+#define LOOK_PAUSE_US 200
 #define PF_EXITING 0x4
 #define MARK_TRIES 1000
 #define ROUNDS 2
@@ -130,7 +132,7 @@ long memory_read(struct sn_session *session, uint64_t from, void *to, uint64_t b
 /* Whether the target is being killed or has ended: told before the kernel takes anything of its memory, since the exit
  * code of the whole process is set when the signal is sent. A leader that ended by itself and left others is no end.
  * Asked of the agent's thread, which nobody stops: one that is traced shows what stopped it in the same place. */
-bool memory_is_ending(struct sn_session *session)
+static bool looks_ending(struct sn_session *session)
 {
 	int process = atomic_load(&session->process_fd), fd = -ENOENT;
 	unsigned int flags = 0, nthreads = 0, code;
@@ -160,6 +162,17 @@ bool memory_is_ending(struct sn_session *session)
 	/* A stopped process shows the signal that stopped it in the same place. */
 	return (flags & PF_EXITING && nthreads < 2) ||
 	       (code && state != 't' && code != SIGSTOP && code != SIGTSTP && code != SIGTTIN && code != SIGTTOU);
+}
+
+/* Without an agent it is a thread that stops and is let go: then its state and the rest may be of two moments. */
+bool memory_is_ending(struct sn_session *session)
+{
+	for (int looks = 0; looks_ending(session); looks++) {
+		if (session->agent_tids[0] || looks == LOOKS)
+			return true;
+		usleep(LOOK_PAUSE_US);
+	}
+	return false;
 }
 
 /* Whether a page that was there and can't be read was freed lazily (MADV_FREE) and then taken by the kernel: then it is

@@ -7,7 +7,6 @@
 #include "borrow.h"
 
 #include <errno.h>
-#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -15,6 +14,7 @@
 #define PATIENCE_NS 10000000000ULL
 #define HURRY_NS 2000000000ULL
 #define AGAIN_US 2000
+#define SINGLES (MAX_CALLS / 3) /* pages that are moved one by one in a batch */
 
 #define ARGS(...) ((const uint64_t[6]){__VA_ARGS__})
 
@@ -84,7 +84,7 @@ static int bring_back(struct stop *stop, struct loan *loan, const struct snapd_w
 }
 
 /* The same call for all runs; the first error is the reply. */
-static int each_run(struct stop *stop, struct loan *loan, enum rule rule, long number, const struct snapd_wire *m,
+static int each_run(struct stop *stop, struct loan *loan, unsigned int rule, long number, const struct snapd_wire *m,
 		    uint64_t last)
 {
 	int error, first = 0;
@@ -98,39 +98,43 @@ static int each_run(struct stop *stop, struct loan *loan, enum rule rule, long n
 	return error ? error : first;
 }
 
-static int populate(struct stop *stop, struct loan *loan, uint64_t page)
-{
-	int error;
+/* A place in a pin pass: a page of a pair's run. */
+struct place {
+	unsigned int pair;
+	uint64_t at;
+};
 
-	borrow_call(loan, GO_ON, SYS_madvise, ARGS(page, PAGE, SNAPD_MADV_POPULATE_WRITE));
-	error = borrow_run(stop);
-	return error ? error : (int)result_of(loan, 0);
+static void move_call(struct loan *loan, unsigned int rule, unsigned int slot, const struct snapd_wire *m,
+		      struct place from, uint64_t bytes)
+{
+	const struct snapd_run *run = &m->runs[2UL * from.pair];
+	uint64_t to = m->runs[2UL * from.pair + 1].start + (from.at - run->start);
+
+	loan->control->moves[slot] = (struct snapd_uffd_move){
+		.dst = to, .src = from.at, .len = bytes, .mode = SNAPD_UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES};
+	borrow_call(loan, rule, SYS_ioctl, ARGS((uint64_t)loan->uffd, SNAPD_UFFDIO_MOVE, control_in_target(loan) +
+		    offsetof(struct control, moves) + slot * sizeof(loan->control->moves[0])));
 }
 
-/* The pairs from one on, the first of them from an address on. Returns how many were moved whole; ret: what the next
- * one's move came to, bytes or a negative errno. */
-static int move_pairs(struct stop *stop, struct loan *loan, const struct snapd_wire *m, unsigned int pair, uint64_t at,
-		      int64_t *ret)
+/* All pairs from a place on. Returns how many were moved whole; ret: what the next one's move came to, bytes or a
+ * negative errno. */
+static int move_pairs(struct stop *stop, struct loan *loan, const struct snapd_wire *m, struct place from, int64_t *ret)
 {
-	struct control *control = loan->control;
 	unsigned int n = 0, npairs = m->nruns / 2;
 	int error;
 
-	for (unsigned int k = pair; k < npairs; k++, n++) {
-		const struct snapd_run *from = &m->runs[2UL * k];
-		uint64_t skip = k == pair ? at - from->start : 0;
+	for (struct place place = from; place.pair < npairs; n++) {
+		const struct snapd_run *run = &m->runs[2UL * place.pair];
 
-		control->moves[n] = (struct snapd_uffd_move){.dst = m->runs[2UL * k + 1].start + skip,
-							     .src = from->start + skip, .len = from->length - skip,
-							     .mode = SNAPD_UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES};
-		borrow_call(loan, UNTIL_ERROR, SYS_ioctl, ARGS((uint64_t)loan->uffd, SNAPD_UFFDIO_MOVE,
-			    control_in_target(loan) + offsetof(struct control, moves) + n * sizeof(control->moves[0])));
+		move_call(loan, UNTIL_ERROR, n, m, place, run->start + run->length - place.at);
+		if (++place.pair < npairs)
+			place.at = m->runs[2UL * place.pair].start;
 	}
 	error = borrow_run(stop);
 	if (error)
 		return error;
 	for (unsigned int k = 0; k < n; k++) {
-		int64_t result = result_of(loan, (int)k), moved = control->moves[k].move;
+		int64_t result = result_of(loan, (int)k), moved = loan->control->moves[k].move;
 
 		if (!result)
 			continue;
@@ -140,74 +144,121 @@ static int move_pairs(struct stop *stop, struct loan *loan, const struct snapd_w
 	return (int)n;
 }
 
+/* Whether there is a page at the place, or behind it. */
+static bool find_page(const struct snapd_wire *m, struct place *place)
+{
+	while (place->pair < m->nruns / 2 &&
+	       place->at >= m->runs[2UL * place->pair].start + m->runs[2UL * place->pair].length)
+		if (++place->pair < m->nruns / 2)
+			place->at = m->runs[2UL * place->pair].start;
+	return place->pair < m->nruns / 2;
+}
+
+/* Moves the next pages one by one; one that is shared is made the program's own and tried again. No page behind one
+ * that failed otherwise is tried: what was moved must not be moved again. Returns how many calls were queued. */
+static unsigned int move_singly(struct loan *loan, const struct snapd_wire *m, struct place place, unsigned int limit)
+{
+	unsigned int n = 0;
+
+	for (; n < limit && find_page(m, &place); n++, place.at += PAGE) {
+		move_call(loan, UNTIL_ERROR | BUSY_IS_NONE, n, m, place, PAGE);
+		borrow_call(loan, AFTER_BUSY, SYS_madvise, ARGS(place.at, PAGE, SNAPD_MADV_POPULATE_WRITE));
+		move_call(loan, UNTIL_ERROR | BUSY_IS_NONE | AFTER_BUSY_2, n, m, place, PAGE);
+	}
+	return n;
+}
+
+struct pinned {
+	struct snapd_run runs[SNAPD_WIRE_RUNS];
+	unsigned int n;
+};
+
+static void add_pinned(struct pinned *pinned, uint64_t at)
+{
+	struct snapd_run *last = &pinned->runs[pinned->n - 1];
+
+	if (pinned->n && last->start + last->length == at)
+		last->length += PAGE;
+	else
+		pinned->runs[pinned->n++] = (struct snapd_run){at, PAGE};
+}
+
+static bool stays(int64_t result)
+{
+	return result == -EBUSY || result == -EEXIST || result == -ENOENT;
+}
+
+/* A batch of single pages. place: behind the last that was moved or stays. Returns 1 when the last of them was shared,
+ * as the next one may be, 0, or a negative errno. */
+static int pin_singly(struct stop *stop, struct loan *loan, const struct snapd_wire *m, struct place *place,
+		      struct pinned *pinned)
+{
+	unsigned int n = move_singly(loan, m, *place, (unsigned int)min_u64(SINGLES, SNAPD_WIRE_RUNS - pinned->n));
+	int error = borrow_run(stop), shared = 0;
+
+	for (unsigned int k = 0; k < n && !error && find_page(m, place); k++) {
+		int64_t result = result_of(loan, (int)(3 * k));
+
+		shared = result == -EBUSY;
+		if (shared)
+			result = result_of(loan, (int)(3 * k + 2));
+		if (result == -EAGAIN || result == -ECANCELED)
+			return shared;
+		if (stays(result))
+			add_pinned(pinned, place->at);
+		else if (result)
+			return (int)result;
+		place->at += PAGE;
+	}
+	return error ? error : shared;
+}
+
 /* As pin_pass() in agent.c. */
 static int pin_pass(struct stop *stop, struct loan *loan, struct snapd_wire *m)
 {
-	struct snapd_run pinned[SNAPD_WIRE_RUNS];
-	unsigned int npinned = 0, npairs = m->nruns / 2, i = 0;
-	uint64_t at = m->runs[0].start, tried = 0;
+	struct place place = {0, m->runs[0].start};
+	struct pinned pinned = {.n = 0};
+	bool singly = false;
 	int ret = 0;
 
-	while (i < npairs) {
-		uint64_t end = m->runs[2UL * i].start + m->runs[2UL * i].length;
+	while (ret >= 0 && find_page(m, &place)) {
 		int64_t done = 0;
-		int whole;
 
-		if (at >= end) {
-			at = ++i < npairs ? m->runs[2UL * i].start : 0;
-			continue;
-		}
-		whole = move_pairs(stop, loan, m, i, at, &done);
-		if (whole < 0) {
-			ret = whole;
-			break;
-		}
-		if (whole) {
-			i += (unsigned int)whole;
-			at = i < npairs ? m->runs[2UL * i].start : 0;
-			if (!done)
-				continue;
-		}
-		m->dest = i;
-		if (done >= (int64_t)PAGE) {
-			at += PAGE_DOWN((uint64_t)done);
-			continue;
-		}
-		if (done == -EAGAIN)
-			continue;
-		if (done == -EBUSY && tried != at) {
-			tried = at;
-			if (populate(stop, loan, at) == 0)
-				continue;
-		}
-		if (done != -EBUSY && done != -EEXIST && done != -ENOENT) {
-			m->value = at;
-			ret = (int)done;
-			break;
-		}
-		if (npinned && pinned[npinned - 1].start + pinned[npinned - 1].length == at) {
-			pinned[npinned - 1].length += PAGE;
-		} else if (npinned < SNAPD_WIRE_RUNS) {
-			pinned[npinned++] = (struct snapd_run){at, PAGE};
-		} else {
-			m->value = at;
+		m->dest = place.pair;
+		m->value = place.at;
+		if (pinned.n == SNAPD_WIRE_RUNS) {
 			m->flags = SNAPD_REPLY_MORE;
 			break;
 		}
-		at += PAGE;
+		if (singly) {
+			ret = pin_singly(stop, loan, m, &place, &pinned);
+			m->dest = min_u64(place.pair, m->nruns / 2 - 1);
+			m->value = place.at;
+			singly = ret > 0;
+			continue;
+		}
+		ret = move_pairs(stop, loan, m, place, &done);
+		if (ret > 0) {
+			place.pair += (unsigned int)ret;
+			if (place.pair < m->nruns / 2)
+				place.at = m->runs[2UL * place.pair].start;
+		}
+		m->dest = min_u64(place.pair, m->nruns / 2 - 1);
+		m->value = place.at;
+		if (done >= (int64_t)PAGE) {
+			place.at += PAGE_DOWN((uint64_t)done);
+		} else if (done == -EBUSY) {
+			singly = true;
+		} else if (stays(done)) {
+			add_pinned(&pinned, place.at);
+			place.at += PAGE;
+		} else if (done && done != -EAGAIN) {
+			ret = (int)done;
+		}
 	}
-	memcpy(m->runs, pinned, npinned * sizeof(pinned[0]));
-	m->nruns = npinned;
-	return ret;
-}
-
-/* A program may unmap what it did not map, and close what it did not open. */
-static bool has_code(struct sn_session *session)
-{
-	struct snapd_procmap_query vma = {.size = sizeof(vma), .query_addr = session->loan->code};
-
-	return ioctl(atomic_load(&session->maps_fd), SNAPD_PROCMAP_QUERY, &vma) == 0 &&
-	       vma.vma_start == session->loan->code && vma.inode;
+	memcpy(m->runs, pinned.runs, pinned.n * sizeof(pinned.runs[0]));
+	m->nruns = pinned.n;
+	return ret < 0 ? ret : 0;
 }
 
 static int carry_out(struct sn_session *session, struct snapd_wire *m)
@@ -265,19 +316,20 @@ static void order_main(void *arg)
 	struct sn_session *session = order->session;
 	struct stop *stop = session->stop;
 	bool own = !stop_stands(stop);
-	uint64_t began = now_ns();
 	int outcome = own ? stop_begin_one(stop, atomic_load(&session->pid)) : SN_MOVED;
 	int error = outcome == SN_MOVED ? 0 : meaning(outcome);
 
 	if (!error && !stop->lent) {
-		error = has_code(session) ? borrow_begin(stop, session->loan) : -EFAULT;
+		error = loan_find_code(session);
+		if (!error)
+			error = borrow_begin(stop, session->loan);
 		if (error && error != MOVER_FILTERED)
-			error = error == -ESRCH ? -EPIPE : MOVER_SILENT;
+			error = error == -ESRCH || error == -EPIPE ? -EPIPE : MOVER_SILENT;
 	}
 	order->ret = error ? error : carry_out(session, order->message);
 	if (own && outcome == SN_MOVED) {
 		stop_finish(stop);
-		note(&session->borrows, now_ns() - began);
+		note(&session->borrows, stop_lasted_ns(stop));
 	}
 }
 
@@ -322,8 +374,9 @@ int orders_call(struct sn_session *session, struct snapd_wire *message)
 int orders_ready(struct sn_session *session)
 {
 	bool lent = session->stop && session->stop->lent;
+	int error = lent ? 0 : loan_find_code(session);
 
-	return !atomic_load(&session->pid) ? -ENOTCONN : lent || has_code(session) ? 0 : MOVER_SILENT;
+	return !atomic_load(&session->pid) ? -ENOTCONN : error && error != -EPIPE ? MOVER_SILENT : error;
 }
 
 void sn_session_borrows(struct sn_session *session, struct sn_borrows *ret)

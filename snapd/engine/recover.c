@@ -19,6 +19,7 @@
 #define RUNNING_TRIES 100
 #define RUNNING_PAUSE_US 200
 #define RUNNING_ROUNDS 3
+#define HAND_TRIES 100
 
 enum verdict { SETTLED, NOWHERE, STAGED, HERE, IS_DIRTY, IS_CLEAN, IS_ZERO, IS_GUARD, IS_PINNED, IS_LEFT };
 
@@ -265,12 +266,17 @@ static int each_run(struct sn_session *session, struct parts *parts, enum verdic
 	return error;
 }
 
-static bool is_there(struct sn_session *session, uint64_t at)
+static bool any_is_there(struct sn_session *session, uint64_t at, uint64_t npages)
 {
 	struct snapd_page_region region;
 
-	return pagemap_scan(session->pagemap_fd, at, at + PAGE, SNAPD_PAGE_IS_PRESENT | SNAPD_PAGE_IS_SWAPPED,
+	return pagemap_scan(session->pagemap_fd, at, at + npages * PAGE, SNAPD_PAGE_IS_PRESENT | SNAPD_PAGE_IS_SWAPPED,
 			    SNAPD_PAGE_IS_PRESENT, 0, &region, 1, NULL) > 0;
+}
+
+static bool is_there(struct sn_session *session, uint64_t at)
+{
+	return any_is_there(session, at, 1);
 }
 
 static int install_guard(struct sn_session *session, struct part *part, uint64_t page, uint64_t npages)
@@ -334,7 +340,10 @@ static int return_run(struct sn_session *session, struct part *part, uint64_t pa
 	for (uint64_t k = page; atomic_load(&session->fork_copies) && k < page + npages; k++)
 		if (memory_read(session, part->aside + k * PAGE, copy, PAGE) == (long)PAGE)
 			uffd_copy(session->uffd, part->staging + k * PAGE, copy, PAGE, 0, NULL);
-	error = move_back(session, part->aside + page * PAGE, part->start + page * PAGE, npages * PAGE);
+	/* One of which a copy was handed out is the program's by now. */
+	error = session->loan && any_is_there(session, part->start + page * PAGE, npages)
+			? -EEXIST
+			: move_back(session, part->aside + page * PAGE, part->start + page * PAGE, npages * PAGE);
 	for (uint64_t k = page; k < page + npages; k++)
 		part->verdicts[k] = error && is_there(session, part->aside + k * PAGE) ? IS_LEFT : HERE;
 	return error == -EPIPE ? error : 0;
@@ -480,6 +489,38 @@ static int finish_while_it_runs(struct sn_session *session)
 	return error;
 }
 
+/* When no thread of a target without an agent can be lent, because each of them waits in a call of the kernel's for a
+ * page of the cut stop: what takes no mover is settled, and until all stand they get copies of what is aside. Whether
+ * such a page is pinned is not known. */
+static int hand_out(struct sn_session *session)
+{
+	struct parts parts = {0};
+	int error;
+
+	if (!session->cut || !ring_is_applied(session))
+		return 0;
+	error = memory_open(session);
+	if (!error)
+		error = look_while_it_runs(session, &parts);
+	if (!error) {
+		settle(session, &parts, false);
+		session->handing = session->cut;
+		pthread_rwlock_unlock(&session->lock);
+	}
+	free_parts(&parts);
+	return error;
+}
+
+int sn_session_hand_out(struct sn_session *session)
+{
+	int error;
+
+	pthread_mutex_lock(&session->mover);
+	error = hand_out(session);
+	pthread_mutex_unlock(&session->mover);
+	return error;
+}
+
 static int finish_stop(struct sn_session *session)
 {
 	struct parts parts = {0};
@@ -489,6 +530,7 @@ static int finish_stop(struct sn_session *session)
 	pthread_rwlock_wrlock(&session->lock);
 	find_parts(session, &parts);
 	session->in_stop = true;
+	session->handing = false;
 	pthread_rwlock_unlock(&session->lock);
 	FAULT_POINT(FP_CUT_STANDING);
 	error = look_everywhere(session, &parts, atomic_load(&session->pagemap_fd));
@@ -564,6 +606,19 @@ struct recovery {
 	int outcome;
 };
 
+static int begin_stop(struct sn_session *session)
+{
+	int outcome = stop_begin(session->stop, atomic_load(&session->pid), session->agent_tids);
+
+	for (int tries = 0; session->loan && outcome == SN_BUSY && tries < HAND_TRIES; tries++) {
+		if (hand_out(session))
+			break;
+		stop_finish(session->stop);
+		outcome = stop_begin(session->stop, atomic_load(&session->pid), session->agent_tids);
+	}
+	return outcome;
+}
+
 static int recover(struct sn_session *session)
 {
 	struct snapd_wire ping = {.kind = SNAPD_PING};
@@ -585,13 +640,14 @@ static int recover(struct sn_session *session)
 	if (session->source) /* the reader gets its pages from the parent, when that knows where they are */
 		return SN_BUSY;
 	hold_take(session); /* if it can't be, children that are forked now may lose pages to the parent's exit */
-	error = finish_while_it_runs(session);
+	if (!session->loan) /* who would be lent may be who waits */
+		error = finish_while_it_runs(session);
 	if (!session->cut)
 		return SN_MOVED;
 	if (error == -EPIPE || error == -ESRCH)
 		return SN_GONE;
 	mover_pause(session);
-	outcome = stop_begin(session->stop, atomic_load(&session->pid), session->agent_tids);
+	outcome = begin_stop(session);
 	if (outcome == SN_MOVED) {
 		error = finish_stop(session);
 		if (error)

@@ -456,10 +456,17 @@ int sn_session_mark(struct sn_session *session, int on)
 	}
 }
 
+/* Without an agent no connection says so. */
+static bool has_executed(struct sn_session *session)
+{
+	return session->pm.header->attached.length && atomic_load(&session->pid) &&
+	       loan_find_code(session) == -EPIPE;
+}
+
 /* A held address space outlives its program: then the program is asked for itself. */
 int sn_session_alive(struct sn_session *session)
 {
 	return !atomic_load(&session->gone) && uffd_wake(session->uffd, session->sentinel, PAGE) != UFFD_GONE &&
 	       uffd_zero(session->uffd, 0, PAGE) != UFFD_GONE &&
-	       !(atomic_load(&session->hold) && memory_is_ending(session));
+	       !(atomic_load(&session->hold) && (memory_is_ending(session) || has_executed(session)));
 }

@@ -65,6 +65,12 @@ void stop_destroy(struct stop *stop)
 	free(stop);
 }
 
+/* For how long a thread stood: until one does, all go on. */
+uint64_t stop_lasted_ns(const struct stop *stop)
+{
+	return stop->first_ns ? stop->end_ns - stop->first_ns : 0;
+}
+
 int stop_threads(const struct stop *stop)
 {
 	return stop->nthreads;
@@ -194,6 +200,8 @@ static void take_in(struct stop *stop, pid_t tid, int status)
 	if (!thread && WIFSTOPPED(status))
 		thread = add_thread(stop, tid);
 	if (thread && WIFSTOPPED(status)) {
+		if (!stop->first_ns)
+			stop->first_ns = now_ns();
 		thread->stopped = true;
 		thread->gone = false;
 		if (status >> 16 == 0) /* it had just taken a signal; else it stands because it was told to */
@@ -306,6 +314,8 @@ void stop_end(struct stop *stop)
 			stop->threads[kept] = *thread;
 		kept++;
 	}
+	if (!stop->end_ns)
+		stop->end_ns = now_ns();
 	stop->nthreads = kept;
 }
 
@@ -371,6 +381,7 @@ int stop_begin(struct stop *stop, int pid, const int skip[2])
 {
 	stop->pid = pid;
 	stop->nthreads = 0;
+	stop->first_ns = stop->end_ns = 0;
 	stop->deadline_ns = now_ns() + LIMIT_NS;
 	stop->cause = stop_all(stop, skip);
 	if (!stop->cause) {
@@ -432,6 +443,7 @@ int stop_begin_one(struct stop *stop, int pid)
 {
 	stop->pid = pid;
 	stop->nthreads = 0;
+	stop->first_ns = stop->end_ns = 0;
 	stop->deadline_ns = now_ns() + LIMIT_NS;
 	stop->cause = stop_any(stop);
 	if (!stop->cause) {

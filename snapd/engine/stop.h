@@ -26,6 +26,7 @@ struct thread {
 struct stop {
 	int pid, nthreads, cause;
 	uint64_t deadline_ns;
+	uint64_t first_ns, end_ns; /* when the first thread was found standing, and all were let go */
 	bool timer_set;
 	bool standing; /* between the two ends of a stop */
 	timer_t timer;

@@ -5,11 +5,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Final
 
 import pytest
 
 from snapd.errors import NotAttachable, TargetStopped, TargetTraced
 from tests.harness import Daemon, Spawner, wait_until
+from tests.kernel import scheduling
 from tests.kernel.driving import MIB, Figures
 from tests.users import NOBODY
 
@@ -19,7 +21,9 @@ FILTERED = """
 import ctypes, hashlib, struct, sys
 data = [str(i) * 9 for i in range(300000)]
 libc = ctypes.CDLL(None, use_errno=True)
-calls = {name: number for name, number in (("mremap", 25), ("munmap", 11), ("madvise", 28), ("ioctl", 16))}
+calls = {name: number for name, number in (
+    ("mremap", 25), ("munmap", 11), ("madvise", 28), ("ioctl", 16), ("prctl", 157), ("sched_setattr", 314),
+)}
 code = [(0x20, 0, 0, 0)] + [one for n in calls.values() for one in ((0x15, 0, 1, n), (6, 0, 0, 0x80000000))]
 code += [(6, 0, 0, 0x7FFF0000)]
 text = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *one) for one in code))
@@ -96,21 +100,26 @@ def test_hundred_times_attached_and_detached_leaves_no_trace(daemon: Daemon, fig
     figures.note(cycles=CYCLES)
 
 
-def test_program_behind_a_filter_is_dumped_all_the_same(daemon: Daemon) -> None:
-    with subprocess.Popen(
-        [sys.executable, "-c", FILTERED], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as program:
-        assert program.stdin is not None
-        assert program.stdout is not None
+@contextlib.contextmanager
+def filtered() -> Iterator[subprocess.Popen[str]]:
+    """Start a program that is killed for what a borrowed thread calls; it has filled its memory when this returns."""
+    argv = [sys.executable, "-c", FILTERED]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as program:
         try:
+            assert program.stdout is not None
             assert [program.stdout.readline() for _ in range(2)] == ["filled\n", "filtered\n"]
-            attach(daemon, program.pid)
-            assert daemon.dump(program.pid).moved_bytes > 16 * MIB
-            daemon.restore(program.pid)
-            daemon.snapd("detach", program.pid)
+            yield program
             assert program.poll() is None
         finally:
             program.kill()
+
+
+def test_program_behind_a_filter_is_dumped_all_the_same(daemon: Daemon) -> None:
+    with filtered() as program:
+        attach(daemon, program.pid)
+        assert daemon.dump(program.pid).moved_bytes > 16 * MIB
+        daemon.restore(program.pid)
+        daemon.snapd("detach", program.pid)
 
 
 def test_daemon_that_is_killed_is_succeeded_for_attached_programs_too(daemon: Daemon, alone: Spawner) -> None:
@@ -183,3 +192,27 @@ def traced(pid: int) -> Iterator[None]:
             yield
         finally:
             tracer.communicate()
+
+
+WAYS: Final[dict[str, dict[str, Any]]] = {
+    "plain": {},
+    "nice": {"nice": 7},
+    "batch": {"policy": "batch", "nice": -3, "slack_ns": 1_234_000},
+    "idle": {"policy": "idle", "reset_on_fork": True},
+    "slice": {"slice_ns": 700_000, "nice": 3},
+    "real time": {"policy": "rr", "priority": 3},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.shares_daemon
+def test_lent_thread_is_scheduled_afterwards_as_it_was(daemon: Daemon, alone: Spawner, way: str) -> None:
+    objects = alone("objects", "--mib", 4)
+    scheduling.give(objects.pid, **WAYS[way])
+    before = scheduling.scheduling(objects.pid)
+    attach(daemon, objects.pid)
+    assert daemon.dump(objects.pid).moved_bytes > 2 * MIB
+    assert scheduling.scheduling(objects.pid) == before
+    daemon.snapd("detach", objects.pid)
+    assert scheduling.scheduling(objects.pid) == before
+    assert objects.ask("sum")["ok"]

@@ -55,9 +55,10 @@ def torture(request: pytest.FixtureRequest) -> Torture:
     """
     lines = request.config.stash.setdefault(_FIGURES, [])
 
-    def run(*argv: str | Path, interval: str = "20ms", limit_s: float = 110) -> TortureReport:
+    def run(*argv: str | Path, interval: str = "20ms", limit_s: float = 110, attach: bool = False) -> TortureReport:
         seed = os.environ.get("SNAPD_TEST_SEED")
         options = ["--json", "--interval", interval, *(["--seed", seed] if seed else [])]
+        options += ["--attach"] if attach else []
         with tempfile.TemporaryFile("w+") as said:
             process = subprocess.Popen(
                 [*SNAPD, "torture", *options, "--", *map(str, argv)],

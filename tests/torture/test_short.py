@@ -59,3 +59,11 @@ def test_redis_saves_what_it_was_told(torture: Torture, tmp_path: Path) -> None:
     report = redis_under_torture(torture, tmp_path, seconds=SECONDS, keys=40_000)
     assert report.moved_pages > 10_000
     assert report.events["fork"] >= 1
+
+
+def test_attached_programs_that_verify_each_byte_find_nothing_wrong(torture: Torture) -> None:
+    report = torture(
+        build("churn"), "--seconds", SECONDS, "--mib", 64, "--threads", 3, "--pace", 2000, "--guards", attach=True
+    )
+    assert report.moved_pages > 5_000
+    assert report.events["fork"]
