@@ -60,12 +60,20 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
             _end_scene()
 
 
-@pytest.mark.parametrize("point", IN_A_STOP)
+OFTEN = ("STAGED", "CLAIMED", "MOVED", "PINNED", "SETTLING", "LETTING_GO", "CUT_LOOKED")
+
+
+def seldom(points: tuple[str, ...]) -> list[object]:
+    """Return the points, all but a few of them for torture alone."""
+    return [one if one in OFTEN else pytest.param(one, marks=pytest.mark.torture) for one in points]
+
+
+@pytest.mark.parametrize("point", seldom(IN_A_STOP))
 def test_in_a_dump(scene: Scene, point: str) -> None:
     scene.dies_at(Step(point), doing=dumping)
 
 
-@pytest.mark.parametrize("point", IN_ITS_STOP)
+@pytest.mark.parametrize("point", seldom(IN_ITS_STOP))
 def test_in_the_stop_of_a_takeover(scene: Scene, point: str) -> None:
     scene.target.ask("guard", 40, 3)
     try:

@@ -45,7 +45,7 @@ def alone() -> Iterator[Spawner]:
         yield spawn
 
 
-@pytest.mark.parametrize("seconds", [5, pytest.param(60, marks=pytest.mark.torture)])
+@pytest.mark.parametrize("seconds", [3, pytest.param(60, marks=pytest.mark.torture)])
 def test_blocking_calls_and_signals_of_attached_programs_notice_nothing(
     daemon: Daemon, alone: Spawner, figures: Figures, seconds: int
 ) -> None:
@@ -59,12 +59,12 @@ def test_blocking_calls_and_signals_of_attached_programs_notice_nothing(
     assert {name for name, _ in interrupted(result)} <= BOUNDED
     stops = sum(report.stops for report in dumps.reports)
     assert all(call["eintr"] <= stops for _, call in interrupted(result))
-    assert result["signals"]["sent"] == result["signals"]["received"] > 500
-    assert all(call["n"] > 5 for call in result["calls"].values())
+    assert result["signals"]["sent"] == result["signals"]["received"] > 300
+    assert all(call["n"] > 3 for call in result["calls"].values())
     assert dumps.total("moved_bytes") > 4 * MIB
 
 
-@pytest.mark.parametrize("seconds", [5, pytest.param(60, marks=pytest.mark.torture)])
+@pytest.mark.parametrize("seconds", [3, pytest.param(60, marks=pytest.mark.torture)])
 def test_attached_threads_that_verify_each_byte_find_nothing_wrong(
     daemon: Daemon, alone: Spawner, figures: Figures, seconds: int
 ) -> None:
