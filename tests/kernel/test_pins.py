@@ -77,3 +77,15 @@ def test_pages_that_are_pinned_on_both_sides_of_a_border_between_spans_keep_thei
         assert daemon.dump(hold.pid).pinned_bytes >= 8000 * PAGE
         assert hold.ask("sum")["sum"] == before
     hold.quit()
+
+
+def test_child_has_the_pages_that_were_pinned_in_its_parent(daemon: Daemon, spawn: Spawner) -> None:
+    """An aside is kept from children, and a page that returns from it must not stay so."""
+    hold = spawn("hold", "--mib", 8)
+    pinned = hold.ask("pin", 300, 200)
+    if "skipped" in pinned:
+        lacking(pinned["skipped"])
+    for seed in range(2):
+        assert daemon.dump(hold.pid).pinned_bytes >= 200 * PAGE
+        hold.ask("fork", 100, seed)
+    hold.quit()

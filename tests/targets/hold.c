@@ -9,6 +9,7 @@
  *   write N SEED    gives N random pages new content
  *   poke N SEED     changes one word in each of N random pages; the page's other bytes must be right before and after
  *   discard N SEED  MADV_DONTNEED of N random pages, which must read as zeros then
+ *   drop FIRST N    MADV_DONTNEED of N pages in one call, which are not looked at
  *   kernel N SEED   N rounds of write(2), read(2), pwrite(2), pread(2), sendmsg(2), recvmsg(2) from and to heap pages
  *   fork N SEED     a child verifies all pages, writes N and verifies again; answers when it has ended
  *   threads N       starts N more threads, asleep in nanosleep or a futex; "interrupted" counts returns before time
@@ -107,6 +108,18 @@ static void do_discard(uint64_t count, uint64_t seed)
         heap.identity[page] = (struct identity){0};
         heap_verify_page(&heap, page, "discard");
     }
+}
+
+static void do_drop(uint64_t first, uint64_t count)
+{
+    if (count == 0 || first + count > heap.npages) {
+        reply_error("there are no such pages");
+        return;
+    }
+    if (madvise(heap.at + first * PAGE, count * PAGE, MADV_DONTNEED) == -1)
+        fail_errno("MADV_DONTNEED");
+    memset(&heap.identity[first], 0, count * sizeof heap.identity[0]);
+    reply("\"pages\":%lu", count);
 }
 
 static void expect_bytes(ssize_t got, size_t wanted, const char *call)
@@ -266,6 +279,8 @@ static void run_command(const struct command *command)
     } else if (strcmp(name, "discard") == 0) {
         do_discard(count, seed);
         reply("\"pages\":%lu", count);
+    } else if (strcmp(name, "drop") == 0) {
+        do_drop(count, seed);
     } else if (strcmp(name, "kernel") == 0) {
         do_kernel(count, seed);
         reply("\"rounds\":%lu", count);

@@ -134,6 +134,7 @@ def test_hold_obeys_every_command(spawn_alone: Spawner) -> None:
     assert after_write != before
     hold.ask("kernel", 200, 4)
     hold.ask("discard", 50, 5)
+    assert hold.ask("drop", 100, 20)["pages"] == 20
     hold.ask("fork", 50, 6)
     assert hold.ask("sum")["sum"] not in {before, after_write}
     assert hold.ask("threads", 8) == {"ok": True, "threads": 8, "interrupted": 0}

@@ -1,0 +1,80 @@
+"""A page was read to be filled in, and the program discards it before it is: who fills looks again, and leaves it."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Final
+
+import pytest
+
+from tests.faults.plan import Action, Plan, Step
+from tests.faults.test_strangers import read
+from tests.harness import Daemon, Spawner, Target, wait_until
+from tests.kernel.driving import PAGE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+HEAP_MIB: Final = 2
+HEAP_PAGES: Final = HEAP_MIB * 256
+LATE_MS: Final = 1000
+TOGETHER_MS: Final = 500
+"""So long the reader is kept, for two faults to be there at once: the second one is another thread's to answer."""
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Iterator[Plan]:
+    """Yield a plan of the test's own."""
+    with Plan(tmp_path / "plan") as one:
+        yield one
+
+
+@pytest.fixture
+def daemon(plan: Plan) -> Iterator[Daemon]:
+    """Yield a daemon that does as the plan says."""
+    with Daemon(env=plan.environment()) as one:
+        yield one
+
+
+@pytest.fixture
+def hold(daemon: Daemon) -> Iterator[Target]:
+    """Yield a program whose heap is out."""
+    with Spawner(daemon) as spawn:
+        one = spawn("hold", "--mib", HEAP_MIB)
+        daemon.dump(one.pid)
+        yield one
+        one.quit()
+
+
+def test_a_restore_looks_again_before_it_copies(plan: Plan, daemon: Daemon, hold: Target) -> None:
+    plan.arm(Step("BULK_READ", Action.DELAY, LATE_MS))
+    restore = threading.Thread(target=daemon.restore, args=(hold.pid,), name="restore")
+    restore.start()
+    wait_until(lambda: plan.passes("BULK_READ"), "a run to be read", 30)
+    hold.ask("drop", 0, HEAP_PAGES)
+    restore.join(30)
+    assert not restore.is_alive()
+    hold.ask("sum")
+
+
+def test_a_fill_looks_again_before_it_copies(plan: Plan, hold: Target) -> None:
+    heap = int(hold.ask("where")["address"])
+    plan.arm(
+        Step("FRAME_READ", Action.DELAY, TOGETHER_MS),
+        Step("FRAME_READ", Action.DELAY, LATE_MS, skip=1),
+    )
+    readers = [
+        threading.Thread(target=read, args=(hold.pid, heap + page * PAGE, 1), name=f"page {page}")
+        for page in (HEAP_PAGES // 2, HEAP_PAGES // 4, HEAP_PAGES * 3 // 4)
+    ]
+    readers[0].start()
+    wait_until(lambda: plan.passes("FRAME_READ"), "the first fault", 30)
+    readers[1].start()
+    readers[2].start()
+    wait_until(lambda: plan.happened == 2, "a fill by another thread", 30)
+    hold.ask("drop", 0, HEAP_PAGES)
+    for one in readers:
+        one.join(30)
+        assert not one.is_alive()
+    hold.ask("sum")
