@@ -1,4 +1,7 @@
-"""A page was read to be filled in, and the program discards it before it is: who fills looks again, and leaves it."""
+"""What comes late: a page that the program discards before it is filled in, a child's copies of what is to be dropped.
+
+Who fills looks again, and leaves the page; who drops waits.
+"""
 
 from __future__ import annotations
 
@@ -77,4 +80,18 @@ def test_a_fill_looks_again_before_it_copies(plan: Plan, hold: Target) -> None:
     for one in readers:
         one.join(30)
         assert not one.is_alive()
+    hold.ask("sum")
+
+
+def test_a_staging_waits_for_the_copies_of_a_child(plan: Plan, daemon: Daemon, hold: Target) -> None:
+    """The child was forked while pages were aside, and takes its copies later than the dump wants to be done."""
+    hold.ask("write", 4 * HEAP_PAGES, 1)
+    plan.arm(Step("PACK_READ", Action.DELAY, TOGETHER_MS), Step("CHILD_COPYING", Action.DELAY, 2 * LATE_MS))
+    dump = threading.Thread(target=daemon.dump, args=(hold.pid,), name="dump")
+    dump.start()
+    wait_until(lambda: plan.passes("PACK_READ"), "pages that are aside", 30)
+    hold.ask("fork", 20, 2)
+    dump.join(30)
+    assert not dump.is_alive()
+    assert plan.happened == 2
     hold.ask("sum")
