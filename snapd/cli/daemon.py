@@ -27,11 +27,20 @@ if TYPE_CHECKING:
     metavar="SIZE",
     help="What stays free where the stores are, such as 512M or 10%; else 5%, at most 1 GiB.",
 )
-def command(runtime_dir: Path, state_dir: str | None, min_free: str | None) -> None:
+@click.option(
+    "--busy-poll",
+    type=click.IntRange(0, 1000),
+    default=50,
+    show_default=True,
+    metavar="US",
+    help="Microseconds for which a fill's thread looks for the next fault before it sleeps, while that pays.",
+)
+def command(runtime_dir: Path, state_dir: str | None, min_free: str | None, busy_poll: int) -> None:
     """Run the service in the foreground, until SIGTERM or Ctrl-C.
 
     It gives every page back before it ends. Both directories are made when they are missing.
     """
+    from snapd import engine
     from snapd.daemon.room import MinFree
     from snapd.daemon.start import serve
 
@@ -40,4 +49,5 @@ def command(runtime_dir: Path, state_dir: str | None, min_free: str | None) -> N
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--min-free") from error
     # The keeper executes the same command line, the interpreter's own options included.
+    engine.set_busy_poll(busy_poll)
     serve(runtime_dir, directories.state_dir(state_dir), room, [sys.executable, *sys.orig_argv[1:]])

@@ -233,6 +233,11 @@ def start(packers: int) -> str:
         return str(_started[0])
 
 
+def set_busy_poll(us: int) -> None:
+    """Let readers look for the next fault for so many microseconds before they sleep, where it pays; 0: never."""
+    lib.sn_set_busy_poll(us)
+
+
 def check(result: int) -> int:
     """Return `result`, or raise OSError when it is a negative errno."""
     if result < 0:

@@ -72,6 +72,7 @@ struct sn_region {
 };
 
 int sn_init(const struct sn_codec *codec, int npackers);
+void sn_set_busy_poll(uint32_t us); /* how long readers look for the next fault before they sleep; 0: not at all */
 int sn_notice_fd(void);
 int sn_next_notice(struct sn_notice *ret); /* 1 when there was one */
 

@@ -467,6 +467,21 @@ bool bulk_next(struct sn_session *session, uint64_t *at, uint64_t end, struct ru
 uint64_t bulk_decode(struct bulk *bulk, const struct run *run, bool nowait);
 int bulk_copy(struct bulk *bulk, const struct run *run, uint64_t good);
 
+/* spin.c: for a reader */
+struct spin {
+	int cpus;
+	unsigned int misses, hits;
+	unsigned int debt;  /* faults that must come soon before it spins again */
+	unsigned int price; /* the next debt */
+	uint64_t looked_ns; /* when crowded was found */
+	bool crowded;
+};
+struct pollfd;
+void spin_init(struct spin *spin);
+/* Looks at descriptors for a moment; true when one is ready, false at once where it does not pay. */
+bool spin_for(struct spin *spin, struct pollfd *fds, unsigned int nfds);
+void spin_slept(struct spin *spin, uint64_t ns); /* until the next fault */
+
 /* prefetch.c */
 struct prefetch;
 struct prefetch *prefetch_create(struct sn_session *session);

@@ -331,8 +331,9 @@ void *reader_main(void *arg)
 	struct pending *pending = calloc(1, sizeof(*pending));
 	struct prefetch *prefetch = prefetch_create(session);
 	struct filler filler = {0};
+	struct spin spin;
 	uint64_t next = 0, probe = FIRST_PROBE_NS;
-	bool ahead = false, due;
+	bool ahead = false, filled = false, due;
 
 	if (!pending || !prefetch || filler_init(&filler)) {
 		notify(&(struct sn_notice){.kind = SN_NOTICE_TROUBLE, .session = session->id, .cause = ENOMEM});
@@ -340,6 +341,7 @@ void *reader_main(void *arg)
 		free(pending);
 		return NULL;
 	}
+	spin_init(&spin);
 	prefer_thread();
 	if (session->adopted)
 		take_over(session, pending);
@@ -362,13 +364,19 @@ void *reader_main(void *arg)
 		else if (next)
 			wait = min_u64(wait, next > now ? next - now : 0);
 		timeout = (struct timespec){(time_t)(wait / 1000000000ULL), (long)(wait % 1000000000ULL)};
-		pulse_wait(session);
-		if (ppoll(fds, 2, wait == ~0ULL ? NULL : &timeout, NULL) == 0 && !next && !ahead) {
-			probe = min_u64(2 * probe, PROBE_NS);
-			if (!sn_session_alive(session))
-				session_gone(session);
+		if (!filled || next || ahead || due || !spin_for(&spin, fds, 2)) {
+			uint64_t slept = now_ns();
+
+			pulse_wait(session);
+			if (ppoll(fds, 2, wait == ~0ULL ? NULL : &timeout, NULL) == 0 && !next && !ahead) {
+				probe = min_u64(2 * probe, PROBE_NS);
+				if (!sn_session_alive(session))
+					session_gone(session);
+			}
+			pulse_go_on(session);
+			if (fds[0].revents)
+				spin_slept(&spin, now_ns() - slept);
 		}
-		pulse_go_on(session);
 		if (fds[1].revents & POLLIN) {
 			uint64_t count;
 
@@ -377,6 +385,7 @@ void *reader_main(void *arg)
 		}
 		if (fds[0].revents)
 			drain(session, pending);
+		filled = pending->n > 0;
 		next = serve(session, &filler, prefetch, pending);
 		ahead = prefetch_step(prefetch);
 	}

@@ -24,6 +24,12 @@ def dumped(daemon: Daemon, target: Target) -> None:
     assert out_bytes(daemon, target.pid) > 0.9 * (rss_bytes(target.pid, "VmHWM") - 8 * MIB)
 
 
+def cpu_s(pid: int) -> float:
+    """Return the CPU time of a process."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def paced(seconds: float) -> Iterator[int]:
     """Count, slowly enough that something is still out at the end."""
     end = time.monotonic() + seconds
@@ -42,6 +48,18 @@ def test_random_touches_are_answered(daemon: Daemon, spawn: Spawner, figures: Fi
     figures.note(p50_us=touched["p50_ns"] / 1000, p99_us=touched["p99_ns"] / 1000, max_us=touched["max_ns"] / 1000)
     assert touched["max_ns"] < 2e9
     hold.quit()
+
+
+def test_reader_that_looks_for_the_next_fault_sleeps_when_there_is_none() -> None:
+    with Daemon("--busy-poll", "1000") as daemon, Spawner(daemon) as spawn:
+        hold = spawn("hold", "--mib", 32)
+        dumped(daemon, hold)
+        assert hold.ask("touch", 400, 1)["ok"]
+        before = cpu_s(daemon.pid)
+        time.sleep(1)
+        assert cpu_s(daemon.pid) - before < 0.2
+        assert hold.ask("sum")["ok"]
+        hold.quit()
 
 
 @pytest.mark.shares_daemon
