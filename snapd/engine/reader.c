@@ -364,19 +364,19 @@ void *reader_main(void *arg)
 		else if (next)
 			wait = min_u64(wait, next > now ? next - now : 0);
 		timeout = (struct timespec){(time_t)(wait / 1000000000ULL), (long)(wait % 1000000000ULL)};
+		pulse_wait(session);
 		if (!filled || next || ahead || due || !spin_for(&spin, fds, 2)) {
 			uint64_t slept = now_ns();
 
-			pulse_wait(session);
 			if (ppoll(fds, 2, wait == ~0ULL ? NULL : &timeout, NULL) == 0 && !next && !ahead) {
 				probe = min_u64(2 * probe, PROBE_NS);
 				if (!sn_session_alive(session))
 					session_gone(session);
 			}
-			pulse_go_on(session);
 			if (fds[0].revents)
 				spin_slept(&spin, now_ns() - slept);
 		}
+		pulse_go_on(session);
 		if (fds[1].revents & POLLIN) {
 			uint64_t count;
 

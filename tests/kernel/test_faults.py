@@ -62,6 +62,16 @@ def test_reader_that_looks_for_the_next_fault_sleeps_when_there_is_none() -> Non
         hold.quit()
 
 
+def test_reader_that_always_finds_a_next_fault_is_not_taken_for_stuck(tmp_path: Path) -> None:
+    manager = {"NOTIFY_SOCKET": str(tmp_path / "nobody"), "WATCHDOG_USEC": "400000"}
+    with Daemon("--busy-poll", "1000", env=manager) as daemon, Spawner(daemon) as spawn:
+        hold = spawn("hold", "--mib", 128)
+        dumped(daemon, hold)
+        assert hold.ask("touch", 20000, 1)["ok"]
+        hold.quit()
+        assert "do not get on" not in daemon.log()
+
+
 @pytest.mark.shares_daemon
 def test_kernel_meets_missing_pages_in_read_write_and_sendmsg(daemon: Daemon, spawn: Spawner) -> None:
     hold = spawn("hold", "--mib", 64)
