@@ -10,6 +10,7 @@ import errno
 import os
 import select
 import socket
+import time
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import aclosing, closing
 from pathlib import Path
@@ -17,8 +18,18 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from snapd import directories
 from snapd.errors import INTERFACE, DirectoryUnusable, NoDaemon, ProtocolError, SnapdError, from_varlink
-from snapd.protocol.options import EVERYTHING, DumpOptions
-from snapd.protocol.reports import AttachReport, DumpProgress, DumpReport, Report, RestoreReport, StatusReport
+from snapd.protocol.options import EVERYTHING, UPGRADE_WAIT_S, DumpOptions
+from snapd.protocol.reports import (
+    AttachReport,
+    DaemonInfo,
+    DumpProgress,
+    DumpReport,
+    HandOver,
+    Report,
+    RestoreReport,
+    StatusReport,
+    UpgradeReport,
+)
 from snapd.protocol.varlink import ClientConnection, Reply
 
 if TYPE_CHECKING:
@@ -27,6 +38,8 @@ if TYPE_CHECKING:
     import trio
 
 _RECEIVE_BYTES = 64 * 1024
+SUCCESSOR_S = 60.0
+_LOOK_S = 0.02
 
 ProgressCallback = Callable[[DumpProgress], None]
 _R = TypeVar("_R", bound=Report)
@@ -65,6 +78,10 @@ def _step(reply: Reply, kind: type[_R]) -> DumpProgress | _R:
 def _detached(reply: Reply, pid: int) -> None:
     if _checked(reply).get("pid") != pid:
         raise ProtocolError("the reply to Detach names another process")
+
+
+def _upgraded(former: HandOver, now: DaemonInfo) -> UpgradeReport:
+    return UpgradeReport(former.pid, former.version, now.pid, now.version, now.unserved_s)
 
 
 class _Base:
@@ -188,6 +205,31 @@ class Client(_Base):
         """Return the daemon's figures and the sessions that this user may see, or that of `pid` alone."""
         return StatusReport.from_json(_checked(self._one("Status", pid=pid)))
 
+    def upgrade(self, wait_s: int = UPGRADE_WAIT_S) -> UpgradeReport:
+        """Replace the daemon by the installed version, and return when that answers; what is out stays out.
+
+        What is under way is waited for, `wait_s` seconds at most. Raises NotUpgraded when the daemon was not replaced,
+        and NoDaemon when no other one answers a minute after it was.
+        """
+        former = HandOver.from_json(_checked(self._one("Upgrade", wait_s=wait_s)))
+        end = time.monotonic() + SUCCESSOR_S
+        try:
+            while (left_s := end - time.monotonic()) > 0:
+                self.close()
+                try:
+                    # The sockets are handed over too: a call may be taken long before it is answered, or never.
+                    self._connected().settimeout(left_s)
+                    now = self.status().daemon
+                except (NoDaemon, DirectoryUnusable, ProtocolError):
+                    time.sleep(_LOOK_S)
+                    continue
+                if now.pid != former.pid:
+                    return _upgraded(former, now)
+                time.sleep(_LOOK_S)
+        finally:
+            self.close()
+        raise NoDaemon(self.path)
+
 
 def _drive(steps: Generator[DumpProgress | _R, None, None], progress: ProgressCallback) -> _R:
     with closing(steps):
@@ -306,6 +348,24 @@ class AsyncClient(_Base):
     async def status(self, pid: int | None = None) -> StatusReport:
         """Return the daemon's figures and the sessions that this user may see, or that of `pid` alone."""
         return StatusReport.from_json(_checked(await self._one("Status", pid=pid)))
+
+    async def upgrade(self, wait_s: int = UPGRADE_WAIT_S) -> UpgradeReport:
+        """Replace the daemon by the installed version, and return when that answers; as with Client."""
+        import trio
+
+        former = HandOver.from_json(_checked(await self._one("Upgrade", wait_s=wait_s)))
+        with trio.move_on_after(SUCCESSOR_S):
+            while True:
+                await self.aclose()
+                try:
+                    now = (await self.status()).daemon
+                except (NoDaemon, DirectoryUnusable, ProtocolError):
+                    await trio.sleep(_LOOK_S)
+                    continue
+                if now.pid != former.pid:
+                    return _upgraded(former, now)
+                await trio.sleep(_LOOK_S)
+        raise NoDaemon(self.path)
 
 
 async def _drive_async(steps: AsyncGenerator[DumpProgress | _R, None], progress: ProgressCallback) -> _R:

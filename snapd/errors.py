@@ -131,6 +131,14 @@ class ProtocolError(SnapdError):
     exit_code = 13
 
 
+@dataclass(eq=False)
+class NotUpgraded(SnapdError):
+    """The daemon was not replaced ({reason}): it serves on as before; mend that, then try again."""
+
+    reason: str
+    exit_code = 14
+
+
 # What the target is or does: 20 to 29.
 
 

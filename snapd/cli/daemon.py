@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 from snapd import directories
-from snapd.cli import options
+from snapd.cli import options, output
+from snapd.errors import Internal
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
     metavar="US",
     help="Microseconds for which a fill's thread looks for the next fault before it sleeps, while that pays.",
 )
-def command(runtime_dir: Path, state_dir: str | None, min_free: str | None, busy_poll: int) -> None:
+@click.option("--check", is_flag=True, help="Start nothing: say in JSON what a daemon of this version could take over.")
+def command(runtime_dir: Path, state_dir: str | None, min_free: str | None, busy_poll: int, check: bool) -> None:
     """Run the service in the foreground, until SIGTERM or Ctrl-C.
 
     It gives every page back before it ends. Both directories are made when they are missing.
@@ -48,6 +50,14 @@ def command(runtime_dir: Path, state_dir: str | None, min_free: str | None, busy
         room = MinFree() if min_free is None else MinFree.parse(min_free)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--min-free") from error
+    if check:
+        from snapd.daemon.upgrade import abilities
+
+        try:
+            output.json_line(abilities())
+        except ImportError as error:
+            raise Internal(str(error)) from error
+        return
     # The keeper executes the same command line, the interpreter's own options included.
     engine.set_busy_poll(busy_poll)
     serve(runtime_dir, directories.state_dir(state_dir), room, [sys.executable, *sys.orig_argv[1:]])

@@ -31,6 +31,7 @@ COMMANDS = {
     "verify": "Try every byte of a snapshot.",
     "inspect": "Show what is in a snapshot.",
     "status": "Show the managed processes and their figures.",
+    "upgrade": "Replace the daemon by the installed version.",
     "torture": "Run a command and dump random parts of it until it ends.",
     "bench": "Measure this machine, beside its own limits and the kernel's swap.",
     "doctor": "Show what this machine can and cannot do.",

@@ -21,6 +21,7 @@ from snapd.daemon.sdnotify import Notifier
 from snapd.daemon.start import ENDING_SIGNALS, HAND_OVER_SIGNAL
 from snapd.daemon.supervision import Supervision
 from snapd.daemon.takeover import AGENT, CONTROL, LENT, LOCK, end_hurry, start_keeper
+from snapd.daemon.upgrade import Upgrade
 from snapd.directories import AGENT_SOCKET, CONTROL_SOCKET, RuntimeLock, make_state_dir
 from snapd.engine import keeper
 from snapd.engine.keeper import Ending, Letter
@@ -85,6 +86,7 @@ async def _main(
     async with trio.open_nursery() as nursery:
         manager = make_manager(nursery)
         manager.adopt(estate.sessions)
+        manager.unserved_s = estate.unserved_s
         nursery.start_soon(manager.listen_to_engine)
         nursery.start_soon(manager.watch_users)
         nursery.start_soon(agents.serve_agents, agent, manager, estate.strangers)
@@ -93,6 +95,7 @@ async def _main(
             nursery.start_soon(_watch_keeper, command)
         nursery.start_soon(_hurry_until_agents_are_here, manager)
         supervision = Supervision(Notifier(os.environ), manager, estate.kept)
+        manager.upgrading = Upgrade(command, supervision.hand_over)
         supervision.ready()
         nursery.start_soon(supervision.run)
         expected = {*ENDING_SIGNALS, HAND_OVER_SIGNAL}

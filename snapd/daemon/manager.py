@@ -37,6 +37,7 @@ from snapd.errors import (
     NotCooperating,
     NotPermitted,
     NotStopping,
+    NotUpgraded,
     ProtocolError,
     SessionBusy,
     SnapdError,
@@ -50,6 +51,7 @@ from snapd.protocol.reports import (
     DaemonInfo,
     DumpProgress,
     DumpReport,
+    HandOver,
     Refusal,
     RestoreReport,
     StatusReport,
@@ -65,6 +67,7 @@ if TYPE_CHECKING:
     from snapd.daemon.room import MinFree
     from snapd.daemon.server import Peer, Progress
     from snapd.daemon.takeover import Adopted
+    from snapd.daemon.upgrade import Upgrade
     from snapd.engine.keeper import PageMapInfo
     from snapd.protocol.options import DumpOptions
 
@@ -118,6 +121,9 @@ class Manager:
         self._ending = trio.Event()
         self._news = trio.Event()
         self.leaving: Callable[[int], None] = lambda _: None  # hears a session's number before it is closed
+        self.upgrading: Upgrade | None = None
+        self.unserved_s: float | None = None
+        self._handing_over = trio.Lock()
         self._ended: defaultdict[int, Totals] = defaultdict(Totals)  # of sessions that are gone, by user
 
     def handlers(self) -> dict[Kind, agents.Handler]:
@@ -416,7 +422,41 @@ class Manager:
             async with one.looking:
                 if one.state is not State.GONE:
                     infos.append(await self._in_thread(one, one.info))
-        return StatusReport(DaemonInfo(os.getpid(), keeper.pid(), __version__), tuple(infos), self._totals(peer))
+        return StatusReport(self._info(), tuple(infos), self._totals(peer))
+
+    def _info(self) -> DaemonInfo:
+        return DaemonInfo(os.getpid(), keeper.pid(), __version__, self.unserved_s)
+
+    async def upgrade(self, peer: Peer, *, wait_s: int, answer: Callable[[HandOver], Awaitable[None]]) -> None:
+        """Hand everything over to the installed version, if that starts; NotUpgraded when this daemon goes on."""
+        if peer.uid not in (0, os.geteuid()):
+            raise NotPermitted(os.getpid(), peer.uid)
+        if self.upgrading is None:
+            raise NotUpgraded("it has only just started")
+        if self._handing_over.locked():
+            raise NotUpgraded("another upgrade is under way")
+        async with self._handing_over:
+            version = await self.upgrading.probe()
+            async with contextlib.AsyncExitStack() as held:
+                await self._hold_all(held, wait_s)
+                if self._ending.is_set():
+                    raise NotUpgraded("it is about to end")
+                if not keeper.lives():
+                    raise NotUpgraded("its keeper has died, and another one is not there yet")
+                await answer(HandOver(os.getpid(), __version__, version))
+                self.upgrading.hand_over()
+
+    async def _hold_all(self, held: contextlib.AsyncExitStack, wait_s: float) -> None:
+        """Wait until no operation runs in any session, and have none begin; NotUpgraded when that takes too long."""
+        mine: dict[int, int] = {}
+        with trio.move_on_after(wait_s) as patience:
+            while fresh := [(key, one) for key, one in self._sessions.items() if key not in mine]:
+                for key, one in fresh:  # some of which end while others are waited for
+                    mine[key] = one.pid
+                    await held.enter_async_context(one.operation)
+        if patience.cancelled_caught:
+            *_, pid = mine.values()
+            raise NotUpgraded(f"process {pid} is still busy after {wait_s:g} s")
 
     def _totals(self, peer: Peer) -> Totals:
         """Sum up the sessions that the peer may see; without a wait, so that none is counted twice or not at all."""

@@ -11,7 +11,9 @@ import socket
 import struct
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, Protocol
 
 import trio
@@ -19,8 +21,23 @@ import trio
 from snapd.directories import CONTROL_SOCKET, RuntimeLock
 from snapd.errors import INTERFACE, Internal, NoSuchProcess, ProtocolError, SnapdError
 from snapd.protocol import service
-from snapd.protocol.options import ALL_PERCENT, MAX_LEVEL, MIN_LEVEL, SNAPSHOT_NAME, DumpOptions
-from snapd.protocol.reports import AttachReport, DumpProgress, DumpReport, RestoreReport, StatusReport
+from snapd.protocol.options import (
+    ALL_PERCENT,
+    MAX_LEVEL,
+    MAX_WAIT_S,
+    MIN_LEVEL,
+    SNAPSHOT_NAME,
+    UPGRADE_WAIT_S,
+    DumpOptions,
+)
+from snapd.protocol.reports import (
+    AttachReport,
+    DumpProgress,
+    DumpReport,
+    HandOver,
+    RestoreReport,
+    StatusReport,
+)
 from snapd.protocol.varlink import Call, Parameters, Reply, ServerConnection
 
 log = logging.getLogger(__name__)
@@ -29,6 +46,7 @@ MAX_CONNECTIONS_PER_UID: Final = 64
 """For all but root. Sessions need file descriptors too: a fork event that finds none loses the child's pages."""
 
 PROGRESS_INTERVAL_S: Final = 0.05
+ANSWER_S: Final = 1.0
 
 _BACKLOG: Final = 128
 _QUEUED_CALLS: Final = 8
@@ -65,6 +83,9 @@ class Backend(Protocol):
 
     async def detach(self, peer: Peer, pid: int) -> None:
         """Bring every page of `pid` back and end its session."""
+
+    async def upgrade(self, peer: Peer, *, wait_s: int, answer: Callable[[HandOver], Awaitable[None]]) -> None:
+        """Let the installed version be the next daemon; calls `answer` first, and does not return but in tests."""
 
     async def status(self, peer: Peer, pid: int | None) -> StatusReport:
         """Return the sessions that `peer` may see, or that of `pid` alone."""
@@ -210,10 +231,11 @@ class _Server:
         except SnapdError as error:
             name, parameters = error.to_varlink()
             reply = Reply(parameters, error=name)
-        if not call.oneway:
+        if reply is not None and not call.oneway:
             await stream.send_all(reply.encode())
 
-    async def _reply(self, call: Call, peer: Peer, stream: trio.SocketStream) -> Reply:
+    async def _reply(self, call: Call, peer: Peer, stream: trio.SocketStream) -> Reply | None:
+        """Return the reply, or None when it was given already."""
         backend = self._backend
         match call.method.removeprefix(f"{INTERFACE}."):
             case "Dump":
@@ -240,6 +262,13 @@ class _Server:
                 pid = _pid(service.parameters(call, "pid"))
                 await self._start(lambda _: backend.detach(peer, pid)).result()
                 return Reply({"pid": pid})
+            case "Upgrade":
+                given = service.parameters(call, "wait_s")
+                wait_s = service.optional_integer(given, "wait_s", 1, MAX_WAIT_S)
+                wait_s = UPGRADE_WAIT_S if wait_s is None else wait_s
+                answer = partial(_say, call, stream)
+                await self._start(lambda _: backend.upgrade(peer, wait_s=wait_s, answer=answer)).result()
+                return None
             case "Status":
                 given = service.parameters(call, "pid")
                 one = None if given.get("pid") is None else _pid(given)
@@ -261,6 +290,13 @@ async def _receive(stream: trio.SocketStream, queue: trio.MemorySendChannel[Call
             for call in connection.receive(data):
                 await queue.send(call)
         connection.end()
+
+
+async def _say(call: Call, stream: trio.SocketStream, report: HandOver) -> None:
+    """Answer a call for the last time; who does not listen is not waited for."""
+    if not call.oneway:
+        with trio.move_on_after(ANSWER_S), suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            await stream.send_all(Reply(report.to_json()).encode())
 
 
 async def _report(job: _Job, call: Call, stream: trio.SocketStream) -> Reply:

@@ -233,6 +233,7 @@ void sn_keeper_numbers_from(uint32_t last);    /* a number up to this one is som
 /* Makes a keeper that will execute path; the former one has no duty any more then. Returns its pid. Again: when it is
  * gone. */
 int sn_keeper_start(const char *path, const char *const *argv, const char *const *envp);
+void sn_keeper_format(char *ret_magic); /* the 8 bytes with which every registry begins */
 int sn_keeper_pid(void);
 void sn_keeper_ending(int ending);
 uint64_t sn_keeper_serving(void); /* from here on targets are served; returns for how long they were not, or 0 */
@@ -247,6 +248,7 @@ struct sn_page_map_info {
 	uint64_t born, sentinel;
 	unsigned char store_id[16];
 };
+void sn_page_map_format(char *ret_magic, uint32_t *ret_version); /* of every page map; magic has 8 bytes */
 int sn_page_map_look(int fd, struct sn_page_map_info *ret); /* -EPROTO: it is none of this version */
 /* Makes a session of a former daemon's page map after checking all of it against a store of so many bytes: -EBADMSG,
  * and then ret_what says what is wrong. Nothing is served before sn_session_resume. */

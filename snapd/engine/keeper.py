@@ -6,6 +6,8 @@ Owns the names of descriptors that are handed over. Knows nothing of how a daemo
 from __future__ import annotations
 
 import enum
+import os
+import select
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -83,6 +85,27 @@ def start(path: str, argv: Sequence[str], environ: Mapping[str, str]) -> int:
 def pid() -> int | None:
     """Return the keeper's pid, or None without one."""
     return max(0, lib.sn_keeper_pid()) or None
+
+
+def formats() -> dict[str, str]:
+    """Return what a successor must be able to read, by name: the registry and the page maps of this version."""
+    registry, page_map, version = ffi.new("char[8]"), ffi.new("char[8]"), ffi.new("uint32_t *")
+    lib.sn_keeper_format(registry)
+    lib.sn_page_map_format(page_map, version)
+    names = (bytes(ffi.buffer(one)).decode() for one in (registry, page_map))
+    return dict(zip(("registry", "page map"), (next(names), f"{next(names)}.{version[0]}"), strict=True))
+
+
+def lives() -> bool:
+    """Whether there is a keeper that would take over if this process died now."""
+    try:
+        fd = os.pidfd_open(pid() or 0)
+    except OSError:
+        return False
+    try:
+        return not select.select([fd], [], [], 0)[0]
+    finally:
+        os.close(fd)
 
 
 def hand_over(letter: Letter, number: int, fd: int) -> None:

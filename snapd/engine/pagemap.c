@@ -17,6 +17,8 @@
 _Static_assert(PM_RING_OFFSET + 2 * RING_SLOTS * sizeof(struct snapd_uffd_msg) <= PM_TABLE_OFFSET, "room for rings");
 _Static_assert(sizeof(struct page_map_header) <= PM_RING_OFFSET, "the header has a page");
 
+#define VERSION 1
+
 static const char MAGIC[8] = "HSNAPPM1";
 
 int sn_page_map_create(void)
@@ -35,9 +37,16 @@ int sn_page_map_create(void)
 	return fd;
 }
 
+void sn_page_map_format(char *ret_magic, uint32_t *ret_version)
+{
+	memcpy(ret_magic, MAGIC, sizeof(MAGIC));
+	*ret_version = VERSION;
+}
+
 bool pm_is_ours(const struct page_map_header *header)
 {
-	return memcmp(header->magic, MAGIC, sizeof(MAGIC)) == 0 && header->version == 1 && header->page_size == PAGE;
+	return memcmp(header->magic, MAGIC, sizeof(MAGIC)) == 0 && header->version == VERSION &&
+	       header->page_size == PAGE;
 }
 
 int pm_open(struct page_map *pm, int fd)
@@ -53,7 +62,7 @@ int pm_open(struct page_map *pm, int fd)
 	if (!pm->header->version) {
 		memcpy(pm->header->magic, MAGIC, sizeof(MAGIC));
 		pm->header->page_size = PAGE;
-		pm->header->version = 1;
+		pm->header->version = VERSION;
 	}
 	pm->alloc_next = pm->header->nentries;
 	pm->alloc_limit = MAX_ENTRIES;

@@ -58,6 +58,11 @@ int sn_keeper_open(int fd)
 	return fd;
 }
 
+void sn_keeper_format(char *ret_magic)
+{
+	memcpy(ret_magic, MAGIC, sizeof(MAGIC));
+}
+
 uint32_t keeper_number(void)
 {
 	return atomic_fetch_add(registry ? &registry->numbers : &numbers, 1) + 1;

@@ -1,4 +1,4 @@
-"""What a caller may choose about a dump.
+"""What a caller may choose about a dump or an upgrade.
 
 Owns names and limits; knows nothing of how they are carried or carried out.
 """
@@ -13,6 +13,9 @@ MIN_LEVEL: Final = -7
 MAX_LEVEL: Final = 22
 ALL_PERCENT: Final = 100
 
+UPGRADE_WAIT_S: Final = 60
+MAX_WAIT_S: Final = 24 * 3600
+"""How long an upgrade waits for what is under way: when nobody says, and at most."""
 
 SNAPSHOT_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 """What a snapshot may be called: it becomes a file's name, and no path."""

@@ -136,11 +136,36 @@ class AttachReport(Report):
 
 @dataclass(frozen=True, slots=True)
 class DaemonInfo(Report):
-    """The daemon itself; `keeper_pid` is None when it has no understudy."""
+    """The daemon itself; `keeper_pid` is None when it has no understudy.
+
+    `unserved_s` is how long targets were without a daemon before this one took them over; None when it took over
+    none, or when nobody knows.
+    """
 
     pid: int
     keeper_pid: int | None
     version: str
+    unserved_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HandOver(Report):
+    """Who is about to hand everything over, and to which version."""
+
+    pid: int
+    version: str
+    next_version: str
+
+
+@dataclass(frozen=True, slots=True)
+class UpgradeReport(Report):
+    """Who was replaced by whom, and for how long targets were without a daemon; None when nobody knows."""
+
+    pid: int
+    version: str
+    next_pid: int
+    next_version: str
+    unserved_s: float | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,16 +24,18 @@ from snapd.protocol.reports import (
     DaemonInfo,
     DumpProgress,
     DumpReport,
+    HandOver,
     RestoreReport,
     SessionInfo,
     StatusReport,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
     from types import TracebackType
 
 MIB = 1 << 20
+UNSERVED_S = 0.125
 WAIT_S = 20
 
 GOOD, CHILD, SLOW, BROKEN = 100, 101, 102, 103
@@ -90,6 +92,9 @@ class FakeBackend:
         self.kept: list[str | None] = []
         self.started = threading.Event()
         self.finished = threading.Event()
+        self.pid = os.getpid()
+        self.refusal: errors.SnapdError | None = None
+        self.waits: list[int] = []
         self._release: trio.Event | None = None
 
     def release(self) -> None:
@@ -139,6 +144,15 @@ class FakeBackend:
         """Pretend a detach."""
         await self._work("detach", peer, pid, lambda _: None)
 
+    async def upgrade(self, peer: Peer, *, wait_s: int, answer: Callable[[HandOver], Awaitable[None]]) -> None:
+        """Pretend that another daemon serves from now on."""
+        self.peers.append(peer)
+        self.waits.append(wait_s)
+        if self.refusal is not None:
+            raise self.refusal
+        await answer(HandOver(self.pid, snapd.__version__, "0.0"))
+        self.pid += 1
+
     async def status(self, peer: Peer, pid: int | None) -> StatusReport:
         """Return the sessions, or that of `pid`."""
         self.calls.append(("status", pid))
@@ -148,7 +162,7 @@ class FakeBackend:
         chosen = tuple(one for one in self.sessions if pid in (None, one.pid))
         if pid is not None and not chosen:
             raise errors.NotCooperating(pid)
-        return StatusReport(DaemonInfo(os.getpid(), None, snapd.__version__), chosen)
+        return StatusReport(DaemonInfo(self.pid, None, snapd.__version__, UNSERVED_S), chosen)
 
 
 class Served:

@@ -14,6 +14,7 @@ from rich.cells import cell_len
 
 import snapd
 from snapd.cli.main import COMMANDS
+from snapd.errors import NotUpgraded
 from tests.cli import terminal
 from tests.cli.fake import BROKEN, CHILD, DUMP, GOOD, MIB, REFUSED, SESSIONS, SLOW, WAIT_S, Cli, Completed, Served
 
@@ -140,7 +141,7 @@ def test_json_has_the_keys_of_the_documentation(cli: Cli) -> None:
     assert only_object(cli("detach", "--json", str(GOOD))) == {"pid": GOOD}
     status = only_object(cli("status", "--json"))
     assert set(status) == {"daemon", "sessions", "totals"}
-    assert set(status["daemon"]) == {"pid", "keeper_pid", "version"}
+    assert set(status["daemon"]) == {"pid", "keeper_pid", "version", "unserved_s"}
     assert all(set(session) >= SESSION_KEYS for session in status["sessions"])
     assert status["sessions"][0]["swapped_bytes"] == SESSIONS[0].swapped_bytes
 
@@ -364,3 +365,22 @@ def test_json_on_a_terminal_is_json_only(cli: Cli) -> None:
     code, text = terminal.run([*cli.argv, "dump", "--json", str(GOOD)], cli.env)
     assert code == 0
     assert json.loads(text)["pid"] == GOOD
+
+
+def test_upgrade_says_who_is_replaced_by_whom(served: Served, cli: Cli) -> None:
+    first = served.backend.pid
+    assert cli("upgrade").stdout.splitlines() == [
+        f"daemon {first}, version {snapd.__version__}, is replaced by {first + 1}, version {snapd.__version__}",
+        "  targets were without a daemon for 125.0 ms",
+    ]
+    assert only_object(cli("upgrade", "--json", "--wait", "5")) == {
+        "pid": first + 1,
+        "version": snapd.__version__,
+        "next_pid": first + 2,
+        "next_version": snapd.__version__,
+        "unserved_s": 0.125,
+    }
+    served.backend.refusal = NotUpgraded("why not")
+    done = cli("upgrade")
+    assert (done.returncode, done.stdout) == (14, "")
+    assert done.stderr == f"snapd: {NotUpgraded('why not').render()}\n"

@@ -12,10 +12,10 @@ import trio
 
 import snapd
 from snapd.client import AsyncClient, Client
-from snapd.errors import ERRORS, DirectoryUnusable, NoDaemon, SnapdError
+from snapd.errors import ERRORS, DirectoryUnusable, NoDaemon, NotUpgraded, SnapdError
 from snapd.protocol.options import DumpOptions
-from snapd.protocol.reports import DumpProgress, DumpReport, RestoreReport
-from tests.cli.fake import DUMP, GOOD, MIB, REFUSED, SLOW, WAIT_S, Served
+from snapd.protocol.reports import DumpProgress, DumpReport, RestoreReport, UpgradeReport
+from tests.cli.fake import DUMP, GOOD, MIB, REFUSED, SLOW, UNSERVED_S, WAIT_S, Served
 
 
 def test_blocking_client_does_every_call(served: Served) -> None:
@@ -164,3 +164,30 @@ def test_blocking_client_needs_no_event_loop_and_the_package_needs_nothing() -> 
     code = "import sys, snapd; assert not [m for m in sys.modules if m.startswith('snapd.')], 'eager'\n"
     code += "snapd.Client; assert 'trio' not in sys.modules and 'click' not in sys.modules\n"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(snapd.__file__).parent.parent, timeout=60)
+
+
+def test_an_upgrade_returns_when_another_daemon_answers(served: Served) -> None:
+    first = served.backend.pid
+    with Client(served.runtime_dir) as client:
+        assert client.upgrade() == UpgradeReport(first, snapd.__version__, first + 1, snapd.__version__, UNSERVED_S)
+        assert client.status().daemon.pid == first + 1
+
+    async def main() -> UpgradeReport:
+        async with AsyncClient(served.runtime_dir) as client:
+            return await client.upgrade(7)
+
+    assert trio.run(main).next_pid == first + 2
+    assert served.backend.waits == [60, 7]
+
+
+def test_an_upgrade_that_is_refused_or_has_no_successor_says_so(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Client(served.runtime_dir) as client:
+        served.backend.refusal = NotUpgraded("why not")
+        with pytest.raises(NotUpgraded, match="why not"):
+            client.upgrade()
+        served.backend.refusal = None
+        monkeypatch.setattr("snapd.client.SUCCESSOR_S", 0.0)
+        with pytest.raises(NoDaemon):
+            client.upgrade()

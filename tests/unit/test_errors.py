@@ -39,6 +39,10 @@ SENTENCES = {
             "same version of snapd, then try again."
         ),
     ),
+    "NotUpgraded": (
+        14,
+        "The daemon was not replaced (/some/where): it serves on as before; mend that, then try again.",
+    ),
     "NoSuchProcess": (20, "There is no process 42: look for the right one with 'snapd status' or ps."),
     "NotCooperating": (
         21,
