@@ -106,7 +106,9 @@ async def _main(
                 serving.start_soon(_answer, control, manager, answering)
                 async for number in signals:
                     if number == HAND_OVER_SIGNAL:
-                        supervision.hand_over()
+                        async with manager.attaching_nobody():
+                            supervision.hand_over()
+                        continue
                     log.info("%s: giving everything back", signal.Signals(number).name)
                     break
                 # Dumps that run are finished first, each of them before its own session is given back.

@@ -118,6 +118,8 @@ class Manager:
         self._repeats = Repeats()
         self._tidying: set[int] = set()
         self._attaching: set[int] = set()
+        self._attach_refused = 0
+        self._attach_ended = trio.Event()
         self._ending = trio.Event()
         self._news = trio.Event()
         self.leaving: Callable[[int], None] = lambda _: None  # hears a session's number before it is closed
@@ -198,13 +200,29 @@ class Manager:
             raise NoSuchProcess(pid)
         if peer.uid not in (0, owner):
             raise NotPermitted(pid, peer.uid)
-        if pid in self._attaching or self._ending.is_set():
+        if pid in self._attaching or self._attach_refused or self._ending.is_set():
             raise SessionBusy(pid)
         self._attaching.add(pid)
         try:
             await self._attach_checked(peer, pid, owner)
         finally:
             self._attaching.discard(pid)
+            self._attach_ended.set()
+            self._attach_ended = trio.Event()
+
+    @contextlib.asynccontextmanager
+    async def attaching_nobody(self) -> AsyncIterator[None]:
+        """Begin once nobody is being attached, and refuse who asks meanwhile.
+
+        Until there is a session no successor would know what the target was given: its next fork would wait for ever.
+        """
+        self._attach_refused += 1
+        try:
+            while self._attaching:
+                await self._attach_ended.wait()
+            yield
+        finally:
+            self._attach_refused -= 1
 
     async def _attach_checked(self, peer: Peer, pid: int, owner: int) -> None:
         session = await self._child_of(pid) if self._may_be_served(pid) else self._find(pid)
@@ -444,18 +462,20 @@ class Manager:
                 if not keeper.lives():
                     raise NotUpgraded("its keeper has died, and another one is not there yet")
                 await answer(HandOver(os.getpid(), __version__, version))
-                self.upgrading.hand_over()
+                if not self._ending.is_set():  # a stop was asked for while the answer was on its way
+                    self.upgrading.hand_over()
 
     async def _hold_all(self, held: contextlib.AsyncExitStack, wait_s: float) -> None:
         """Wait until no operation runs in any session, and have none begin; NotUpgraded when that takes too long."""
         mine: dict[int, int] = {}
         with trio.move_on_after(wait_s) as patience:
+            await held.enter_async_context(self.attaching_nobody())
             while fresh := [(key, one) for key, one in self._sessions.items() if key not in mine]:
                 for key, one in fresh:  # some of which end while others are waited for
                     mine[key] = one.pid
                     await held.enter_async_context(one.operation)
         if patience.cancelled_caught:
-            *_, pid = mine.values()
+            *_, pid = mine.values() or self._attaching or (0,)
             raise NotUpgraded(f"process {pid} is still busy after {wait_s:g} s")
 
     def _totals(self, peer: Peer) -> Totals:

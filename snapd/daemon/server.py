@@ -237,6 +237,7 @@ class _Server:
     async def _reply(self, call: Call, peer: Peer, stream: trio.SocketStream) -> Reply | None:
         """Return the reply, or None when it was given already."""
         backend = self._backend
+        reply: Reply | None = None
         match call.method.removeprefix(f"{INTERFACE}."):
             case "Dump":
                 given = service.parameters(call, "pid", "level", "share_percent", "seed", "keep")
@@ -248,34 +249,34 @@ class _Server:
                     keep=service.optional_name(given, "keep", SNAPSHOT_NAME),
                 )
                 job = self._start(lambda progress: backend.dump(peer, pid, options=options, progress=progress))
-                return await _report(job, call, stream)
+                reply = await _report(job, call, stream)
             case "Restore":
                 pid = _pid(service.parameters(call, "pid"))
                 job = self._start(lambda progress: backend.restore(peer, pid, progress=progress))
-                return await _report(job, call, stream)
+                reply = await _report(job, call, stream)
             case "Attach":
                 given = service.parameters(call, "pid", "tree")
                 pid, tree = _pid(given), service.flag(given, "tree")
                 report: AttachReport = await self._start(lambda _: backend.attach(peer, pid, tree=tree)).result()
-                return Reply(report.to_json())
+                reply = Reply(report.to_json())
             case "Detach":
                 pid = _pid(service.parameters(call, "pid"))
                 await self._start(lambda _: backend.detach(peer, pid)).result()
-                return Reply({"pid": pid})
+                reply = Reply({"pid": pid})
             case "Upgrade":
                 given = service.parameters(call, "wait_s")
                 wait_s = service.optional_integer(given, "wait_s", 1, MAX_WAIT_S)
                 wait_s = UPGRADE_WAIT_S if wait_s is None else wait_s
                 answer = partial(_say, call, stream)
                 await self._start(lambda _: backend.upgrade(peer, wait_s=wait_s, answer=answer)).result()
-                return None
             case "Status":
                 given = service.parameters(call, "pid")
                 one = None if given.get("pid") is None else _pid(given)
                 status: StatusReport = await self._start(lambda _: backend.status(peer, one)).result()
-                return Reply(status.to_json())
+                reply = Reply(status.to_json())
             case _:
-                return service.answer(call)
+                reply = service.answer(call)
+        return reply
 
     def _start(self, work: Callable[[Progress], Awaitable[Any]]) -> _Job:
         job = _Job(work)

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
+from snapd import engine
 from snapd.engine import keeper
 from snapd.engine.keeper import Ending, Letter
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from typing import NoReturn
 
     from snapd.daemon.manager import Manager
     from snapd.daemon.sdnotify import Notifier
@@ -127,14 +127,20 @@ class Supervision:
         self._ending = True
         self._notifier.send("STOPPING=1", f"STATUS={self._status()}", f"EXTEND_TIMEOUT_USEC={EXTEND_USEC}")
 
-    def hand_over(self) -> NoReturn:
+    def hand_over(self) -> None:
         """End now, and leave everything to the next daemon: the manager's, and without a manager the keeper's.
 
-        Whatever was under way ends as when this process is killed: whoever comes next expects that.
+        Whatever was under way ends as when this process is killed: whoever comes next expects that. But calls that a
+        target is made to carry out are waited for. Returns only when nobody would come next.
         """
+        engine.injections_end()
         self._manager.take_notices()
         self.keep()
         kept = bool(self._notifier) and self._notifier.barrier(BARRIER_S)
+        if not kept and not keeper.lives():  # it may have died this instant
+            engine.injections_go_on()
+            log.error("nothing is handed over: there is no keeper")
+            return
         log.info("handing everything over to %s", "the next start of the service" if kept else "the keeper")
         keeper.ending(Ending.STOP if kept else Ending.UPGRADE)
         os._exit(0)

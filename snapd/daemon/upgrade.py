@@ -45,7 +45,7 @@ def needed() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Upgrade:
-    """How the next daemon is started, and what hands everything over to it. That does not return, but in tests."""
+    """How the next daemon is started, and what hands everything over; which returns when nobody would come next."""
 
     command: Sequence[str] | None
     hand_over: Callable[[], None]

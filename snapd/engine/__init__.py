@@ -292,6 +292,16 @@ def eject(pid: int, injection: Injection, uffd: int) -> None:
     check(lib.sn_eject(pid, raw, uffd))
 
 
+def injections_end() -> None:
+    """Wait until nothing is put into a process or taken out, and have nothing begin; for who ends this process."""
+    lib.sn_injections_end()
+
+
+def injections_go_on() -> None:
+    """It did not end."""
+    lib.sn_injections_go_on()
+
+
 def same_memory(pid: int, other: int) -> bool:
     """Whether two processes share one address space; False where the kernel does not tell."""
     return bool(lib.sn_same_memory(pid, other) == 1)

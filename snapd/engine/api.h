@@ -130,6 +130,9 @@ int sn_inject(int pid, int gift, int make, struct sn_injection *ret);
 /* Unmaps and closes what sn_inject has put there: uffd is ours of the same userfaultfd, or -1. A sentinel of 0 and a
  * number of -1 stay. For when nothing but the sentinel is watched. */
 int sn_eject(int pid, const struct sn_injection *injection, int uffd);
+/* Waits until no target is made to call anything, and has none begin; for who ends this process. */
+void sn_injections_end(void);
+void sn_injections_go_on(void); /* it did not end */
 /* Threads of the target do what an agent would, from now on. Takes the shared page over. */
 int sn_session_lend(struct sn_session *session, const struct sn_injection *injection);
 /* What was put into the target, also by a former daemon: 0 bytes for nothing. */

@@ -66,6 +66,8 @@ enum fault_point {
 	FP_CUT_SEEN = 64, /* the program runs: looked, and not settled */
 	FP_CUT_MOVED = 65,
 	FP_RING_LEFT = 66, /* nothing of the former daemon's ring is applied */
+	/* attaching and detaching */
+	FP_INJECTING = 68, /* a thread is about to make a call of ours, and nothing but we puts it back */
 	/* the store's room, and a snapshot */
 	FP_RESERVE = 70, /* errors */
 	FP_COMPACT_WRITTEN = 71,

@@ -6,9 +6,11 @@
  * Knows no session but to lend what it made.
  */
 #include "borrow.h"
+#include "faultpoint.h"
 
 #include <errno.h>
 #include <fcntl.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/ioctl.h>
@@ -82,7 +84,10 @@ static long call(struct injector *injector, long number, const uint64_t args[6])
 	if (injector->error)
 		return injector->error;
 	arch_call_with(&regs, injector->call_site, number, args);
-	error = ptrace(PTRACE_SETREGS, injector->thread->tid, NULL, &regs) ? -ESRCH : to_next_trap(injector);
+	error = ptrace(PTRACE_SETREGS, injector->thread->tid, NULL, &regs) ? -ESRCH : 0;
+	FAULT_POINT(FP_INJECTING);
+	if (!error)
+		error = to_next_trap(injector);
 	if (!error)
 		error = to_next_trap(injector);
 	if (!error && ptrace(PTRACE_GETREGS, injector->thread->tid, NULL, &regs))
@@ -405,6 +410,20 @@ static int take_out(struct injector *injector)
 	return injector->error;
 }
 
+/* Who hands over ends this process, and must not end it inside a call: then the thread would never be put back. Who
+ * waits goes before all that come later. */
+static pthread_rwlock_t gate = PTHREAD_RWLOCK_WRITER_NONRECURSIVE_INITIALIZER_NP;
+
+void sn_injections_end(void)
+{
+	pthread_rwlock_wrlock(&gate);
+}
+
+void sn_injections_go_on(void)
+{
+	pthread_rwlock_unlock(&gate);
+}
+
 struct job {
 	struct injector injector;
 	int (*work)(struct injector *injector);
@@ -457,7 +476,9 @@ static int run_job(struct job *job)
 		if (tries)
 			usleep(STOP_PAUSE_US);
 		injector->error = 0;
+		pthread_rwlock_rdlock(&gate);
 		error = stop_run(injector->stop, job_main, job);
+		pthread_rwlock_unlock(&gate);
 		if (error)
 			job->ret = -error;
 	}

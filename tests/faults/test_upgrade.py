@@ -1,22 +1,28 @@
 """`snapd upgrade`: the daemon is replaced under load, and a version that is no good replaces nobody."""
 
+import contextlib
 import json
+import os
 import shutil
 import signal
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 import snapd
-from snapd.errors import NotUpgraded
+from snapd.errors import NotUpgraded, SnapdError
 from tests.faults.deaths import Dumping, allow_deaths
-from tests.harness import Daemon, Spawner
+from tests.faults.plan import Action, Plan, Step
+from tests.harness import Daemon, Spawner, wait_until
 from tests.kernel.driving import MIB, Figures, out_bytes
 
 TIMES = 4
 LONGEST_S = 1.0
+DELAY_MS = 1500
+CALLS = {"attach": 5, "detach": 1}  # of ours that the thread has made by then
 PACKAGE = Path(snapd.__file__).parent
 
 OTHER_FORMAT = """
@@ -100,3 +106,39 @@ def test_a_version_that_is_no_good_replaces_nobody(tmp_path: Path) -> None:
         assert daemon.status().daemon.version == "9.8.7"
         assert out_bytes(daemon, hold.pid) == out
         assert hold.ask("sum")["sum"] == before
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("way", ["upgrade", "signal"])
+@pytest.mark.parametrize("doing", ["attach", "detach"])
+def test_calls_of_a_target_are_not_cut(tmp_path: Path, doing: str, way: str) -> None:
+    """The thread that makes our calls is put back by nobody but the daemon."""
+    with Plan(tmp_path / "plan") as plan, Daemon(env=plan.environment()) as daemon, Spawner() as alone:
+        allow_deaths(daemon)
+        daemon.expect_successors()
+        hold = alone("hold", "--mib", 8)
+        before, served_by = hold.ask("sum")["sum"], daemon.pid
+        if doing == "detach":
+            daemon.snapd("attach", hold.pid)
+        plan.arm(Step("INJECTING", Action.DELAY, DELAY_MS, skip=CALLS[doing]))
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(daemon.snapd, doing, hold.pid, check=False)
+            plan.wait()
+            if way == "upgrade":
+                daemon.snapd("upgrade")
+            else:
+                os.kill(served_by, signal.SIGUSR2)
+            asked.result(60)
+        wait_until(lambda: serving(daemon) not in (0, served_by), "a successor", 30)
+        assert hold.ask("sum")["sum"] == before
+        if doing == "attach":
+            daemon.wait_for_session(hold.pid)  # it need not be asked for again
+            daemon.dump(hold.pid)
+            assert hold.ask("sum")["sum"] == before
+
+
+def serving(daemon: Daemon) -> int:
+    """Return who serves, or 0."""
+    with contextlib.suppress(SnapdError, OSError):
+        return daemon.pid
+    return 0
