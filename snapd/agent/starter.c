@@ -184,6 +184,8 @@ static int start(const char *path, unsigned long sentinel, unsigned int delay_ms
 		raw2(__NR_munmap, agent, REGION_BYTES);
 		return (int)tid;
 	}
+	/* Whoever leaves before the thread has run must not take its memory for deserted. */
+	__atomic_store_n(&agent->comm_tid, (int)tid, __ATOMIC_SEQ_CST);
 	return 0;
 }
 
@@ -196,6 +198,7 @@ static int has_thread(int tid)
 static void bury(void)
 {
 	for (int ms = 0; left && ms < BURY_MS; ms++) {
+		/* In this order: the one makes the other. */
 		if (has_thread(left->comm_tid) || has_thread(left->mover_tid)) {
 			pause_ms(1);
 			continue;

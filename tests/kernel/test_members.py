@@ -39,7 +39,7 @@ def agents_threads(target: Target) -> int:
     """Count the threads of an agent."""
     names = []
     for task in Path(f"/proc/{target.pid}/task").iterdir():
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             names.append((task / "comm").read_text())
     return sum(name.startswith("snapd-") for name in names)
 
