@@ -125,6 +125,22 @@ def test_agents_that_fall_silent_cost_their_own_program_no_byte_and_nobody_else_
 
 
 @waits_with_the_others
+def test_program_stands_for_a_moment_only_while_its_agent_maps_no_staging(alone: Spawner, daemon: Daemon) -> None:
+    target = sullen(alone, daemon, Kind.STAGE, "before", "sleep")
+    longest_s = 0.0
+    with ThreadPoolExecutor(1) as pool:
+        dump = pool.submit(failure, daemon, target.pid)
+        while not dump.done():
+            began = time.monotonic()
+            target.ask("sum")
+            longest_s = max(longest_s, time.monotonic() - began)
+            time.sleep(0.1)  # so many others wait for a CPU
+        assert isinstance(dump.result()[0], AgentSilent)
+    assert longest_s < LIMIT_S / 2
+    target.quit()
+
+
+@waits_with_the_others
 def test_command_that_is_carried_out_late_does_no_harm(alone: Spawner, daemon: Daemon) -> None:
     daemon.allow("stays aside|was not told")
     kinds = (Kind.STAGE, Kind.UNMAP, Kind.MOVE)
