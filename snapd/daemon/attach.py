@@ -118,7 +118,6 @@ def attach(pid: int, uid: int, state_dir: Path) -> Session:
         undo.callback(_take_back, pid, injection)
         if not enable(injection.uffd):
             raise NotAttachable(pid, "only a daemon with CAP_SYS_PTRACE hears of its forks")
-        engine.uffd_register(injection.uffd, injection.sentinel, PAGE)
         writer = StoreWriter(state_dir)
         store_id, tail = writer.header.store_id, writer.end
         store = engine.Store(writer.detach(), store_id, tail)

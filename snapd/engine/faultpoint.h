@@ -68,6 +68,7 @@ enum fault_point {
 	FP_RING_LEFT = 66, /* nothing of the former daemon's ring is applied */
 	/* attaching and detaching */
 	FP_INJECTING = 68, /* a thread is about to make a call of ours, and nothing but we puts it back */
+	FP_SESSION_BEGINNING = 69, /* the target has a userfaultfd, and the keeper does not know it */
 	/* the store's room, and a snapshot */
 	FP_RESERVE = 70, /* errors */
 	FP_COMPACT_WRITTEN = 71,

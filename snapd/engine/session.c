@@ -196,7 +196,12 @@ struct sn_session *sn_session_create(const struct sn_target *target, struct sn_s
 
 	if (!session)
 		return NULL;
+	FAULT_POINT(FP_SESSION_BEGINNING);
 	*ret_error = session_hand_over(session);
+	/* With something to watch a fork waits until its event is read: only from now on somebody would. (An agent's
+	 * sentinel is watched already. The next daemon has it make another userfaultfd, which ends the first.) */
+	if (!*ret_error && target->sentinel)
+		*ret_error = sn_uffd_register(session->uffd, target->sentinel, PAGE);
 	if (!*ret_error)
 		*ret_error = session_start(session);
 	if (!*ret_error && target->pid) {

@@ -15,6 +15,7 @@ from tests.faults.deaths import allow_deaths
 from tests.faults.plan import Plan, Step
 from tests.faults.test_points import HEAP_MIB, IN_A_STOP, IN_ITS_STOP, Scene, dumping
 from tests.harness import Daemon, HarnessError, Spawner, wait_until
+from tests.kernel.driving import MIB
 from tests.kernel.scheduling import Scheduling, give, scheduling
 from tests.kernel.test_attach import filtered
 from tests.users import NOBODY
@@ -81,6 +82,23 @@ def test_in_the_stop_of_a_takeover(scene: Scene, point: str) -> None:
         assert scene.target.ask("look")["guards"] > 30
     finally:
         scene.target.ask("unguard")
+
+
+def test_before_the_keeper_knows_of_a_program_its_forks_wait_for_nobody(tmp_path: Path) -> None:
+    with Plan(tmp_path / "plan") as plan, Daemon(env=plan.environment()) as daemon, Spawner() as spawn:
+        allow_deaths(daemon)
+        daemon.expect_successors()
+        target = spawn("hold", "--mib", HEAP_MIB)
+        plan.arm(Step("SESSION_BEGINNING"))
+        assert daemon.snapd("attach", target.pid, check=False).returncode
+        plan.wait()
+        daemon.wait_for_successor()
+        assert target.ask("fork", 10, 1, timeout_s=10)["ok"]
+        daemon.snapd("attach", target.pid)
+        assert daemon.dump(target.pid).moved_bytes > HEAP_MIB * MIB / 2
+        assert target.ask("fork", 10, 2, timeout_s=10)["ok"]
+        assert target.ask("sum")["ok"]
+        target.quit()
 
 
 def test_in_a_drop(scene: Scene) -> None:
