@@ -1,5 +1,6 @@
 """The fixtures that start a daemon and targets; tests/harness.py says what they are."""
 
+import signal
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -10,6 +11,9 @@ from tests.harness import Daemon, Spawner
 # How long an example takes is decided by who else wants the CPU.
 settings.register_profile("snapd", deadline=None)
 settings.load_profile("snapd")
+
+# A shell's background job is started with SIGINT ignored, and so would be whatever it starts: no Ctrl-C would be heard.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="module")

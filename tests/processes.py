@@ -48,6 +48,20 @@ def private_ranges(pid: int, at_least_bytes: int = 1 << 20) -> Iterator[tuple[in
             yield start, end
 
 
+def files_of(pid: int) -> Iterator[tuple[Path, str]]:
+    """Yield each descriptor of a process with what it leads to; one that is closed meanwhile is passed over."""
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            yield link, str(link.readlink())
+
+
+def texts_of_threads(pid: int, file: str) -> Iterator[tuple[int, str]]:
+    """Yield the text of a file of each thread of a process, by its id; a thread that ends meanwhile is passed over."""
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            yield int(task.name), (task / file).read_text()
+
+
 def signal_group(group: int, number: signal.Signals) -> None:
     """Send a signal to a process group, if there is one."""
     with contextlib.suppress(ProcessLookupError):

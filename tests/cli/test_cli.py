@@ -290,6 +290,7 @@ def test_watch_with_json_is_an_object_a_line(cli: Cli) -> None:
         for _ in range(3):
             assert set(json.loads(child.stdout.readline())) == {"daemon", "sessions", "totals"}
         child.send_signal(signal.SIGINT)
+        child.communicate(timeout=WAIT_S)  # to close its output first would be another reason to end
     assert child.returncode == 130
 
 

@@ -3,12 +3,12 @@
 import os
 import signal
 import time
-from pathlib import Path
 
 import pytest
 
 from tests.harness import Daemon, Spawner, Target, wait_until
 from tests.kernel.driving import MIB, BackToBack, RunningDump, out_bytes
+from tests.processes import texts_of_threads
 
 pytestmark = pytest.mark.shares_daemon
 
@@ -34,8 +34,7 @@ def fork(family: Target, daemon: Daemon, pid: int) -> int:
 
 def has_agent(pid: int) -> bool:
     """Whether the agent's threads run in a process, and not just those of the parent's."""
-    names = [(task / "comm").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
-    return "snapd-mover\n" in names
+    return any(name == "snapd-mover\n" for _, name in texts_of_threads(pid, "comm"))
 
 
 def dump(daemon: Daemon, pid: int) -> None:

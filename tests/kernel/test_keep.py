@@ -17,6 +17,7 @@ from snapd.store.snapshot import Snapshot, open_snapshot
 from snapd.store.verify import verify_snapshot
 from tests.harness import Daemon, Spawner, Target, wait_until
 from tests.kernel.driving import MIB, PAGE, Figures
+from tests.processes import files_of
 
 NOBODY = 65534
 
@@ -270,8 +271,8 @@ def test_a_frame_that_is_damaged_is_lost_in_the_snapshot_and_never_zeros(daemon:
 
 def flip_frame(daemon: Daemon, offset: int) -> None:
     """Change a byte in the one store that the daemon has."""
-    for link in Path(f"/proc/{daemon.process.pid}/fd").iterdir():
-        if str(link.readlink()).startswith(str(daemon.state_dir)):
+    for link, what in files_of(daemon.process.pid):
+        if what.startswith(str(daemon.state_dir)):
             fd = os.open(link, os.O_RDWR)
             try:
                 os.pwrite(fd, bytes([os.pread(fd, 1, offset)[0] ^ 1]), offset)

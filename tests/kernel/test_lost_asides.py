@@ -3,7 +3,6 @@
 The dumps pack at a high level, so that pages stay aside for a while.
 """
 
-import contextlib
 import ctypes
 import errno
 import fcntl
@@ -20,6 +19,7 @@ from snapd.protocol.reports import DumpReport
 from snapd.store.writer import StoreWriter
 from tests.harness import Daemon, Spawner, Target, private_ranges, wait_until
 from tests.kernel.driving import MIB, PAGE, RunningDump, out_bytes
+from tests.processes import texts_of_threads
 
 HEAP_MIB = 24
 HEAP_PAGES = HEAP_MIB * 256
@@ -42,14 +42,9 @@ def page_out(pidfd: int, ranges: Iterator[tuple[int, int]]) -> None:
         call(PROCESS_MADVISE, pidfd, ctypes.byref(Iovec(start, end - start)), ctypes.c_size_t(1), MADV_PAGEOUT, 0)
 
 
-def parked_threads(pid: int) -> list[str]:
+def parked_threads(pid: int) -> list[int]:
     """Return the threads of a daemon that sleep in a page fault of the daemon's own or of somebody else's."""
-    parked = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
-            if (task / "wchan").read_text() == "handle_userfault":
-                parked.append(task.name)
-    return parked
+    return [tid for tid, where in texts_of_threads(pid, "wchan") if where == "handle_userfault"]
 
 
 def nobody_holds_on(daemon: Daemon) -> None:

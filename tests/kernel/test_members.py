@@ -21,6 +21,7 @@ from snapd.errors import NotCooperating, TargetFiltered
 from snapd.protocol.agent import MESSAGE_BYTES, Kind, Message
 from tests.harness import Daemon, Spawner, Target, rss_bytes, wait_until
 from tests.kernel.driving import MIB, RunningDump, out_bytes
+from tests.processes import texts_of_threads
 
 NOBODY: Final = 65534
 LEAVE_S: Final = 10.0
@@ -37,11 +38,7 @@ def member(daemon: Daemon, spawn: Spawner) -> Target:
 
 def agents_threads(target: Target) -> int:
     """Count the threads of an agent."""
-    names = []
-    for task in Path(f"/proc/{target.pid}/task").iterdir():
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            names.append((task / "comm").read_text())
-    return sum(name.startswith("snapd-") for name in names)
+    return sum(name.startswith("snapd-") for _, name in texts_of_threads(target.pid, "comm"))
 
 
 def wait_until_left(target: Target) -> None:

@@ -21,6 +21,7 @@ from snapd.protocol.agent import Kind
 from tests.harness import Daemon, Spawner, Target, build, rss_bytes, wait_until
 from tests.kernel.driving import MIB, RunningDump, out_bytes
 from tests.peers import lacking
+from tests.processes import texts_of_threads
 
 HEAP_MIB: Final = 16
 LIMIT_S: Final = 10.0
@@ -182,8 +183,7 @@ def test_agent_that_stops_its_program_in_a_stop_keeps_the_daemon_from_nothing(al
 
 def states_of(target: Target) -> set[str]:
     """Return the letters that ps shows for its threads."""
-    tasks = Path(f"/proc/{target.pid}/task").iterdir()
-    return {(task / "stat").read_text().rpartition(")")[2].split()[0] for task in tasks}
+    return {text.rpartition(")")[2].split()[0] for _, text in texts_of_threads(target.pid, "stat")}
 
 
 @contextlib.contextmanager
