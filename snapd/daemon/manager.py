@@ -664,6 +664,9 @@ class Manager:
     def _add(self, session: Session) -> None:
         self._news.set()
         self._sessions[session.native.key] = session
+        # Its reader works already: that notice of its end, the only one, may have been taken as a stranger's.
+        if session.native.is_gone():
+            session.gone.set()
         self._nursery.start_soon(self._watch, session)
 
     async def _watch(self, session: Session) -> None:

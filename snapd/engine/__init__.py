@@ -499,6 +499,10 @@ class Session:
         """Whether the address space still exists."""
         return bool(lib.sn_session_alive(self.handle))
 
+    def is_gone(self) -> bool:
+        """Whether the notice of its end is on its way, or has been taken."""
+        return bool(lib.sn_session_is_gone(self.handle))
+
     def gets_on(self) -> bool:
         """Whether the reader has done something since the last call, or has nothing to do."""
         return bool(lib.sn_session_gets_on(self.handle))

@@ -112,6 +112,7 @@ void sn_session_stats(struct sn_session *session, struct sn_stats *ret);
 void sn_session_counts(struct sn_session *session, struct sn_counts *ret);
 uint64_t sn_session_regions(struct sn_session *session, struct sn_region *ret, uint64_t capacity);
 int sn_session_alive(struct sn_session *session);
+int sn_session_is_gone(struct sn_session *session); /* its end is told by a notice, once; or was */
 int sn_session_gets_on(struct sn_session *session); /* 0 when the reader did nothing since the last call, and should */
 int sn_session_mark(struct sn_session *session, int on); /* write-protects the sentinel page, or not */
 

@@ -48,6 +48,7 @@ enum fault_point {
 	FP_FORK_SERVED = 43, /* the child has its session, and the event is in the ring */
 	FP_HALF_HANDED = 44, /* the next daemon gets a session's userfaultfd, and not its page map */
 	FP_CHILD_COPYING = 45,
+	FP_UNTOLD = 46, /* a session is served, and Python has not heard of it */
 	/* a takeover */
 	FP_ADOPTED = 50,
 	FP_CUT_CLAIMED = 51,

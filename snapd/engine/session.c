@@ -218,6 +218,7 @@ struct sn_session *sn_session_create(const struct sn_target *target, struct sn_s
 		session_free(session);
 		return NULL;
 	}
+	FAULT_POINT(FP_UNTOLD);
 	return session;
 }
 
@@ -231,6 +232,11 @@ void session_gone(struct sn_session *session)
 {
 	if (!atomic_exchange(&session->gone, true))
 		notice_post(&session->end);
+}
+
+int sn_session_is_gone(struct sn_session *session)
+{
+	return atomic_load(&session->gone);
 }
 
 /* For the reader inside a FORK event, with the lock held: the parent runs on only after this. The child gets the
@@ -300,6 +306,7 @@ int session_fork(struct sn_session *session, const struct table *from, int uffd)
 		session_free(child);
 		return error;
 	}
+	FAULT_POINT(FP_UNTOLD);
 	mover_keep(session, child);
 	child->birth.what = (struct sn_notice){.kind = SN_NOTICE_CHILD, .session = session->id, .child = child};
 	notice_post(&child->birth);

@@ -1,6 +1,6 @@
-"""What comes late: a page that the program discards before it is filled in, a child's copies of what is to be dropped.
+"""What comes late: a page that is discarded before it is filled in, a child's copies of what is to be dropped, news.
 
-Who fills looks again, and leaves the page; who drops waits.
+Who fills looks again, and leaves the page; who drops waits; who hears of a session asks whether it has ended.
 """
 
 from __future__ import annotations
@@ -95,3 +95,28 @@ def test_a_staging_waits_for_the_copies_of_a_child(plan: Plan, daemon: Daemon, h
     assert not dump.is_alive()
     assert plan.happened == 2
     hold.ask("sum")
+
+
+def test_child_whose_end_is_told_before_its_birth_leaves_no_session(plan: Plan, daemon: Daemon, hold: Target) -> None:
+    plan.arm(Step("UNTOLD", Action.DELAY, LATE_MS))
+    hold.ask("fork", 0, 1)  # what its parent touches then waits for the reader that has not told
+    assert plan.happened == 1
+    wait_until(lambda: daemon.status().totals.sessions == 2, "the news of the child", 30)
+    wait_until(lambda: len(daemon.status().sessions) == 1, "the end of the child's session", 30)
+
+
+def test_program_that_executes_another_while_it_is_attached_leaves_no_session(plan: Plan, daemon: Daemon) -> None:
+    with Spawner() as spawn:
+        steps = spawn("steps", "--mib", HEAP_MIB)
+        plan.arm(Step("UNTOLD", Action.DELAY, LATE_MS))
+        attach = threading.Thread(target=daemon.snapd, args=("attach", steps.pid), name="attach")
+        attach.start()
+        wait_until(lambda: plan.passes("UNTOLD"), "a session", 30)
+        steps.send("exec")
+        steps.ready()
+        attach.join(30)
+        assert plan.happened == 1
+        wait_until(lambda: not daemon.status().sessions, "the end of the session", 30)
+        daemon.snapd("attach", steps.pid)
+        assert daemon.dump(steps.pid).moved_bytes
+        assert steps.ask("look")["right"] == HEAP_PAGES
