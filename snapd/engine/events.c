@@ -110,8 +110,9 @@ static void note_own_move(struct page_map_header *header, uint64_t from, uint64_
 	}
 }
 
-/* What a move adds at the end is in no event, but watched. It is noted in a field of the message that the kernel leaves
- * alone, while the caller is still in its call. */
+/* What a move adds at the end is in no event, but watched. It is noted in fields of the message that the kernel leaves
+ * alone, while the caller is still in its call: that cannot end before the UNMAP of the old place is read. Who finds
+ * the message in a dead daemon's ring does not ask again: somebody else's call may be the one of that place by then. */
 static void note_growth(struct sn_session *session, struct snapd_uffd_msg *message)
 {
 	struct snapd_procmap_query vma = {.size = sizeof(vma), .query_addr = message->arg.remap.to};
@@ -290,8 +291,10 @@ void events_take(struct events *events)
 {
 	struct snapd_uffd_msg *message = &pm_ring(&events->session->pm)[events->n];
 
-	if (message->event == SNAPD_UFFD_EVENT_REMAP && !events->session->in_stop)
+	if (message->event == SNAPD_UFFD_EVENT_REMAP && !message->reserved1 && !events->session->in_stop) {
 		note_growth(events->session, message);
+		message->reserved1 = true;
+	}
 	events->waiting[events->nwaiting++] = (uint16_t)events->n++;
 	settle(events);
 }
@@ -319,7 +322,7 @@ static void commit(struct events *events)
 		pm_commit(pm);
 	FAULT_POINT(FP_EVENT_APPLIED);
 	/* Without a change of the table only REMOVEs were applied, and those may be applied again. */
-	memset(old, 0, min_u64(events->n + READ_SLOTS, RING_SLOTS) * sizeof(old[0]));
+	memset(old, 0, min_u64(events->n + 1, RING_SLOTS) * sizeof(old[0]));
 	events->table = NULL;
 }
 

@@ -57,7 +57,6 @@ struct interval {
 #define MAX_DEBTS 512
 #define MAX_RECORDS 65536
 #define RING_SLOTS 512 /* of each of the two rings */
-#define READ_SLOTS 32  /* of one read */
 #define MAX_ENTRIES (1ULL << 31)
 #define PM_REUSE_FROM (MAX_ENTRIES / 2)
 

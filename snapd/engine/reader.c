@@ -55,26 +55,26 @@ static void take(struct events *events, const struct snapd_uffd_msg *message, st
 	}
 }
 
-/* Reads once. Faults apart, it goes into the ring: what a dying daemon had read its successor finds there. A thread
- * has one event in the queue at most, so one read never shows two calls of the same thread. */
-static unsigned int read_events(struct sn_session *session, struct events *events, struct pending *pending)
+/* Reads one message, into the ring: what a dying daemon had read its successor finds there. Never several at once: the
+ * caller of an event goes on as soon as it is copied out, so a read with room for more could show a thread's next event
+ * too. Then it would be too late to ask what the thread's call was, and whose place it took. */
+static bool read_event(struct sn_session *session, struct events *events, struct pending *pending)
 {
-	struct snapd_uffd_msg *slots = &pm_ring(&session->pm)[events->n];
-	unsigned int got;
+	struct snapd_uffd_msg *slot = &pm_ring(&session->pm)[events->n];
 	ssize_t bytes;
 
 	do {
-		bytes = read(session->uffd, slots, READ_SLOTS * sizeof(*slots));
+		bytes = read(session->uffd, slot, sizeof(*slot));
 	} while (bytes < 0 && errno == EINTR);
 	if (bytes < 0 && errno != EAGAIN) {
 		/* EMFILE and the like: a FORK event stays queued until there is room for its fd. */
 		notify(&(struct sn_notice){.kind = SN_NOTICE_TROUBLE, .session = session->id, .cause = errno});
 		usleep(10000);
 	}
-	got = bytes > 0 ? (unsigned int)((size_t)bytes / sizeof(*slots)) : 0;
-	for (unsigned int i = 0; i < got; i++)
-		take(events, &slots[i], pending);
-	return got;
+	if (bytes != sizeof(*slot))
+		return false;
+	take(events, slot, pending);
+	return true;
 }
 
 /* What the former daemon had read and not applied; slots behind are clear. What it had applied is in the other ring, if
@@ -84,17 +84,17 @@ static void take_what_is_left(struct events *events, struct pending *pending)
 	struct page_map *pm = &events->session->pm;
 
 	memset(pm_other_ring(pm), 0, RING_SLOTS * sizeof(struct snapd_uffd_msg));
-	while (events->n + READ_SLOTS <= RING_SLOTS && pm_ring(pm)[events->n].event)
+	while (events->n < RING_SLOTS && pm_ring(pm)[events->n].event)
 		take(events, &pm_ring(pm)[events->n], pending);
 }
 
 static bool made_room(struct events *events)
 {
-	if (events->n + READ_SLOTS <= RING_SLOTS)
+	if (events->n < RING_SLOTS)
 		return true;
 	if (!events->nwaiting)
 		return false;
-	while (events->nwaiting + READ_SLOTS > RING_SLOTS)
+	while (events->nwaiting == RING_SLOTS)
 		events_force(events);
 	events_compact(events);
 	return true;
@@ -118,14 +118,14 @@ static void drain(struct sn_session *session, struct pending *pending)
 {
 	uint64_t deadline = now_ns() + WAIT_NS;
 	struct events events;
-	unsigned int got;
+	bool got;
 
 	pthread_rwlock_wrlock(&session->lock);
 	events_begin(&events, session);
 	if (session->adopted)
 		take_what_is_left(&events, pending);
 	do {
-		got = read_events(session, &events, pending);
+		got = read_event(session, &events, pending);
 		if (events.nwaiting)
 			wait_for_earlier(session, &events, got, deadline);
 	} while ((got || events.nwaiting) && made_room(&events));

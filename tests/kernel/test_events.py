@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from snapd.errors import SnapdError
-from tests.harness import Daemon, Spawner, Target
+from tests.harness import Daemon, Spawner, Target, build
 from tests.kernel.driving import MIB, BackToBack, RunningDump, out_bytes
 
 pytestmark = pytest.mark.shares_daemon
@@ -279,18 +279,29 @@ def test_program_that_changed_its_user_gets_everything_back_and_is_refused(daemo
     everything_right(steps)
 
 
+def shuffled(daemon: Daemon, spawn: Spawner, threads: int, rounds: int, dumps: int = 5) -> None:
+    """Have threads move into each other's holes, after dumps."""
+    # One dump before and none meanwhile: what can go wrong here is the order of events of different threads alone.
+    shuffle = spawn("shuffle", "--threads", threads, "--pages", 4096)
+    for _ in range(dumps):
+        daemon.dump(shuffle.pid)
+        shuffle.ask("go", rounds)
+    shuffle.ask("sum")
+    with BackToBack(daemon, shuffle.pid) as back_to_back:
+        for _ in back_to_back.until(dumps):
+            shuffle.ask("go", rounds // 6)
+    shuffle.ask("sum")
+    shuffle.quit()
+
+
 @pytest.mark.parametrize("threads", [2, 4])
 def test_threads_that_move_into_each_others_holes_keep_their_bytes(
     daemon: Daemon, spawn: Spawner, threads: int
 ) -> None:
-    # One dump before and none meanwhile: what can go wrong here is the order of events of different threads alone.
-    shuffle = spawn("shuffle", "--threads", threads, "--pages", 4096)
-    for _ in range(5):
-        daemon.dump(shuffle.pid)
-        shuffle.ask("go", 300)
-    shuffle.ask("sum")
-    with BackToBack(daemon, shuffle.pid) as dumps:
-        for _ in dumps.until(5):
-            shuffle.ask("go", 50)
-    shuffle.ask("sum")
-    shuffle.quit()
+    shuffled(daemon, spawn, threads, 300)
+
+
+def test_one_read_never_shows_two_events_of_one_thread() -> None:
+    shim = build("slow_reads", "-shared", "-fPIC")
+    with Daemon(env={"LD_PRELOAD": str(shim)}) as daemon, Spawner(daemon) as spawn:
+        shuffled(daemon, spawn, 4, 60, 2)
