@@ -86,7 +86,7 @@ def _check_owner(pid: int, uid: int) -> None:
     if any(one != uid for one in procfs.uids(pid)):
         raise NotPermitted(pid, uid)
     try:
-        owner = Path(f"/proc/{pid}").stat().st_uid
+        owner = Path(f"/proc/{pid}/status").stat().st_uid  # the directory itself is the user's in any case
     except OSError:
         raise TargetGone(pid) from None
     if owner != uid:  # what is not dumpable is root's in /proc

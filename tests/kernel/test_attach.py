@@ -13,7 +13,6 @@ from snapd.errors import NotAttachable, TargetStopped, TargetTraced
 from tests.harness import Daemon, Spawner, wait_until
 from tests.kernel import scheduling
 from tests.kernel.driving import MIB, Figures
-from tests.users import NOBODY
 
 CYCLES = 100
 
@@ -140,7 +139,6 @@ def test_daemon_that_is_killed_is_succeeded_for_attached_programs_too(daemon: Da
 def test_those_that_cannot_be_attached_are_refused_by_name(daemon: Daemon, alone: Spawner) -> None:
     kernel = next(int(one.name) for one in Path("/proc").iterdir() if one.name.isdigit() and is_kernel(one))
     stopped, zombie = (subprocess.Popen(["sleep", "100"]) for _ in range(2))
-    setuid = subprocess.Popen(["sleep", "100"], user=NOBODY)
     target = alone("objects", "--mib", 1)
     try:
         zombie.kill()
@@ -157,7 +155,7 @@ def test_those_that_cannot_be_attached_are_refused_by_name(daemon: Daemon, alone
                 client.attach(target.pid)
             assert client.attach(target.pid).attached == (target.pid,)
     finally:
-        for one in (stopped, zombie, setuid):
+        for one in (stopped, zombie):
             one.kill()
             one.wait()
 
