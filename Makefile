@@ -14,11 +14,11 @@ SOURCES := find Makefile pyproject.toml hatch_build.py .ci snapd $(C_USERS) -typ
 need = @$(1) >/dev/null 2>&1 || { \
 	echo "$(2) is missing: apt install $(3) (Debian, Ubuntu), dnf install $(4) (Fedora)" >&2; false; }
 
-.PHONY: help build demo test lint type torture sanitize bench docs install uninstall clean need-clang need-redis \
-	need-stress
+.PHONY: help build demo demo-tabs test tabs lint type torture sanitize bench docs install uninstall clean need-clang \
+	need-redis need-stress need-chromium need-runtimes
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
 build: .venv/installed ## make .venv with snapd and the test tools; compile what changed
 	@$(BIN)/python hatch_build.py build
@@ -27,8 +27,15 @@ build: .venv/installed ## make .venv with snapd and the test tools; compile what
 demo: need-redis build ## show the main job on a Python process and a redis-server, and verify every byte
 	@$(BIN)/python -m tests.demo
 
+demo-tabs: need-chromium build ## show background tabs of a browser on their way to disk and back; writes tabs.png
+	@$(BIN)/python -m tests.demo_tabs $(ARGS)
+
 test: need-redis build ## run all tests (ARGS='tests/unit -k map' for a part)
 	@$(BIN)/pytest $(ARGS)
+
+tabs: need-chromium need-runtimes build ## dump a browser's tabs, node and JVMs that know nothing of snapd (ten minutes)
+	@SNAPD_REQUIRE_PEERS=1 $(BIN)/pytest -m torture tests/kernel/test_tabs.py tests/kernel/test_demo.py \
+		tests/kernel/test_attached_runtimes.py $(ARGS)
 
 lint: need-clang build ## ruff, clang's opinion of all C, and no line over 120 columns
 	@$(BIN)/ruff check
@@ -109,3 +116,10 @@ need-redis:
 need-stress:
 	$(call need,command -v stress-ng,stress-ng,stress-ng,stress-ng)
 	$(call need,command -v redis-benchmark,redis-benchmark,redis-tools,redis)
+
+need-chromium:
+	$(call need,command -v chromium,chromium,chromium,chromium)
+
+need-runtimes:
+	$(call need,command -v node,node,nodejs,nodejs)
+	$(call need,command -v javac,javac,default-jdk-headless,java-latest-openjdk-devel)

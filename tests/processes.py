@@ -39,6 +39,14 @@ def rss_bytes(pid: int, field: str = "VmRSS") -> int:
     raise HarnessError(f"process {pid} has no {field}: it has ended")
 
 
+def rollup_bytes(pid: int, field: str) -> int:
+    """Return a field of all mappings together, Rss, Pss, Anonymous and the like, in bytes."""
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise HarnessError(f"process {pid} has no {field}")
+
+
 def private_ranges(pid: int, at_least_bytes: int = 1 << 20) -> Iterator[tuple[int, int]]:
     """Yield start and end of a process's private, anonymous, writable mappings, without stacks, of some size."""
     for line in Path(f"/proc/{pid}/maps").read_text().splitlines():

@@ -135,3 +135,15 @@ def test_a_demo_that_is_ended_leaves_nothing_behind(scratch: Path) -> None:
     process.send_signal(signal.SIGTERM)
     error = process.communicate(timeout=RUN_S)[1]
     assert process.returncode == 128 + signal.SIGTERM, error
+
+
+@pytest.mark.torture
+def test_the_demo_of_tabs_brings_all_back_and_writes_a_picture(scratch: Path) -> None:
+    require("chromium")
+    picture = scratch / "tabs.png"
+    found = run_json(("tests.demo_tabs", "--mib", "30", "--screenshot", str(picture)), scratch)
+    assert found["ok"]
+    assert len(found["tabs"]) == 3
+    assert all(one["rss_after_bytes"] < one["rss_before_bytes"] for one in found["tabs"])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    picture.unlink()
