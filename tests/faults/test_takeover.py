@@ -34,7 +34,7 @@ from tests.faults.deaths import (
 from tests.harness import Daemon, HarnessError, Spawner, Target, wait_until
 from tests.kernel.driving import MIB, Figures, out_bytes
 
-KILLS = int(os.environ.get("SNAPD_TEST_KILLS", "15"))
+KILLS = int(os.environ.get("SNAPD_TEST_KILLS", "8"))
 TORTURE_KILLS = int(os.environ.get("SNAPD_TEST_TORTURE_KILLS", "300"))
 TORTURE_BREATH_S = 4.5
 TAKEOVER_S = 0.15

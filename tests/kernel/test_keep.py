@@ -149,7 +149,7 @@ def test_snapshots_are_good_while_the_program_writes_discards_and_forks(daemon: 
     start, end = heap_of(hold)
     names = (f"busy-{number}" for number in range(1000))
     reports: list[DumpReport] = []
-    for seed in range(6):
+    for seed in range(3):
         hold.send("write", 20_000, seed)
         reports.append(kept(daemon, hold.pid, next(names)))
         hold.receive()
@@ -298,11 +298,13 @@ def test_a_full_disk_leaves_no_snapshot_and_loses_nothing(
         hold.quit()
 
 
-@pytest.mark.slow
-def test_a_daemon_that_is_killed_leaves_a_whole_file_or_none(figures: Figures) -> None:
+@pytest.mark.parametrize("rounds", [4, pytest.param(40, marks=pytest.mark.torture)])
+def test_a_daemon_that_is_killed_leaves_a_whole_file_or_none(figures: Figures, rounds: int) -> None:
     whole = none = 0
     delay_s = 0.1  # looks for the end of the work, where the file gets its name
-    for _ in range(14):
+    for number in range(rounds + 10):
+        if number >= rounds and whole and none:
+            break
         with Daemon() as daemon, Spawner(daemon) as spawn:
             daemon.allow(".*")
             hold = spawn("hold", "--mib", 32)

@@ -20,7 +20,7 @@ DUMPS = 100
 def test_devices_read_and_write_the_programs_memory_under_back_to_back_dumps(
     daemon: Daemon, spawn: Spawner, figures: Figures, tmp_path: Path
 ) -> None:
-    pins = spawn("pins", "--seconds", 8, "--mib", 48, "--dir", tmp_path, "--pace", 500, "--threads", 2, wait=False)
+    pins = spawn("pins", "--seconds", 5, "--mib", 48, "--dir", tmp_path, "--pace", 500, "--threads", 2, wait=False)
     first = pins.receive()
     if "skipped" in first:
         assert pins.wait() == 77

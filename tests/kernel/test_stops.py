@@ -28,7 +28,7 @@ BOUNDED = {"epoll_wait_timeout", "recv_rcvtimeo", "semtimedop", "sigtimedwait"}
 """Calls with a time-out that the kernel answers with EINTR after any stop: restarted, they would wait anew."""
 
 
-@pytest.mark.parametrize("seconds", [10, pytest.param(60, marks=pytest.mark.torture)])
+@pytest.mark.parametrize("seconds", [5, pytest.param(60, marks=pytest.mark.torture)])
 def test_blocking_calls_and_signals_notice_nothing(
     daemon: Daemon, spawn: Spawner, figures: Figures, seconds: int
 ) -> None:
@@ -45,8 +45,8 @@ def test_blocking_calls_and_signals_notice_nothing(
     assert {name for name, _ in interrupted(result)} <= BOUNDED
     assert result["signals"]["sent"] == result["signals"]["received"] > 1000
     assert all(call["n"] > 10 for call in result["calls"].values())
-    assert sum(report.stops for report in dumps.reports) > 100
-    assert dumps.total("moved_bytes") > 48 * MIB
+    assert sum(report.stops for report in dumps.reports) > 10 * seconds
+    assert dumps.total("moved_bytes") > 4 * seconds * MIB
     # Each signal to a thread that waits for a page is one fault more: trying them all without a pause took both CPUs.
     assert retries < 10 * faults
 
@@ -67,7 +67,7 @@ def test_thread_that_does_not_stand_puts_pieces_off_and_nothing_is_lost(
     assert result["errors"] == result["eintr"] == 0, result["first"]
 
 
-@pytest.mark.parametrize("count", [80, pytest.param(1000, marks=pytest.mark.torture)])
+@pytest.mark.parametrize("count", [40, pytest.param(1000, marks=pytest.mark.torture)])
 def test_program_that_executes_itself_in_the_middle_of_stops_goes_on(
     daemon: Daemon, spawn: Spawner, figures: Figures, count: int
 ) -> None:

@@ -66,7 +66,7 @@ def test_threads_are_born_and_end_under_back_to_back_dumps(joins: Target, daemon
 
 
 def test_stops_with_eight_sleeping_threads_are_short(daemon: Daemon, spawn: Spawner, figures: Figures) -> None:
-    hold = spawn("hold", "--mib", 128)
+    hold = spawn("hold", "--mib", 64)
     hold.ask("threads", 8)
     reports = []
     for seed in range(20):
@@ -74,7 +74,7 @@ def test_stops_with_eight_sleeping_threads_are_short(daemon: Daemon, spawn: Spaw
         # Other programs may want the CPUs that this one stands on: one quiet dump is enough, of pages that stand alone.
         if seed >= 2 and min(report.longest_stop_us for report in reports[1:]) <= 2000:
             break
-        hold.ask("write", 8000, seed)
+        hold.ask("write", 4000, seed)
     figures.note_stops(reports)
     assert max(report.longest_stop_us for report in reports) < 50_000
     assert min(report.longest_stop_us for report in reports[1:]) <= 2000

@@ -329,7 +329,7 @@ class PageMapMachine(RuleBasedStateMachine):
 
 
 TestPageMap = PageMapMachine.TestCase
-TestPageMap.settings = settings(max_examples=200, stateful_step_count=60, deadline=None)
+TestPageMap.settings = settings(max_examples=100, stateful_step_count=60, deadline=None)
 
 
 def test_a_guard_outlives_a_discard(model: engine.Model) -> None:

@@ -37,6 +37,7 @@ from snapd.store.format import (
 from snapd.store.reader import Damage, Frame, Hole, StoreReader
 from snapd.store.verify import verify, verify_file
 from snapd.store.writer import StoreWriter
+from tests.unit.places import places
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -134,22 +135,29 @@ def test_a_page_that_does_not_compress_is_stored_raw(small: Small, scratch: int)
     assert max(entry.length_bytes for entry in small.stored) == FRAME_HEADER_BYTES + PAGE
 
 
-def test_no_flipped_byte_gives_a_wrong_page(small: Small, scratch: int) -> None:
+EACH = [7, pytest.param(1, marks=pytest.mark.torture)]
+"""Of how many places in padding and noise one is damaged."""
+
+
+@pytest.mark.parametrize("step", EACH)
+def test_no_flipped_byte_gives_a_wrong_page(small: Small, scratch: int, step: int) -> None:
     load(scratch, small.content)
-    for at, byte in enumerate(small.content):
+    for at in places(small.content, NOISE, step):
+        byte = small.content[at]
         os.pwrite(scratch, bytes([byte ^ 1 << at % 8]), at)
         assert refusals(scratch, small) == (1 if at >= HEADER_BYTES else 3, True), f"byte {at} was not noticed"
         os.pwrite(scratch, bytes([byte]), at)
     assert refusals(scratch, small) == (0, False)
 
 
-def test_no_truncation_gives_a_wrong_page(small: Small, scratch: int) -> None:
+@pytest.mark.parametrize("step", EACH)
+def test_no_truncation_gives_a_wrong_page(small: Small, scratch: int, step: int) -> None:
     load(scratch, small.content)
-    for length in reversed(range(len(small.content))):
+    # A store that ends with a whole frame has lost frames, but none is damaged.
+    ends = {HEADER_BYTES, *(entry.offset + entry.length_bytes for entry in small.stored)}
+    for length in reversed(places(small.content, NOISE, step)):
         os.ftruncate(scratch, length)
         lost = [entry for entry in small.stored if entry.offset + entry.length_bytes > length]
-        # A store that ends with a whole frame has lost frames, but none is damaged.
-        ends = {HEADER_BYTES, *(entry.offset + entry.length_bytes for entry in small.stored)}
         assert refusals(scratch, small) == (len(lost), length not in ends), f"at {length} bytes"
 
 

@@ -36,6 +36,7 @@ from snapd.store.format import (
 from snapd.store.snapshot import SAVED_STATES, NotHeldError, SavedRange, Snapshot, open_snapshot, pack_footer
 from snapd.store.verify import verify_snapshot
 from snapd.store.writer import StoreWriter, write_all
+from tests.unit.places import places
 from tests.unit.test_format import TYPES, table
 
 if TYPE_CHECKING:
@@ -138,10 +139,12 @@ def test_a_snapshot_gives_back_what_was_kept(tmp_path: Path, small: Small) -> No
     assert (report.pages, report.store.frames, report.zero_pages, report.lost_pages) == (6, 3, 1, 1)
 
 
-def test_each_byte_changed_in_turn_is_an_error_or_the_right_data(scratch: int, small: Small) -> None:
+@pytest.mark.parametrize("step", [7, pytest.param(1, marks=pytest.mark.torture)])
+def test_each_byte_changed_in_turn_is_an_error_or_the_right_data(scratch: int, small: Small, step: int) -> None:
     path = Path(f"/proc/self/fd/{scratch}")
     os.pwrite(scratch, small.content, 0)
-    for at, byte in enumerate(small.content):
+    for at in places(small.content, NOISE, step):
+        byte = small.content[at]
         os.pwrite(scratch, bytes([byte ^ (1 << at % 8 if at % 3 else 0xFF)]), at)
         outcome(path, small)
         try:
