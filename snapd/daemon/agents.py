@@ -134,8 +134,7 @@ async def make_session(sock: AgentSocket, hello: Message, peer: Peer, state_dir:
         try:
             engine.uffd_register(uffd, sentinel, PAGE)
         except OSError as error:
-            # UFFDIO_REGISTER says ENOMEM of memory that an exec in the middle of the handshake has replaced.
-            if not all(procfs.thread_of(peer.pid, tid) for tid in (hello.length, hello.dest)):
+            if not _agent_lives(peer.pid, hello):
                 raise TargetGone(peer.pid) from error
             if error.errno == errno.EBUSY and hello.flags & HELLO_FORKED:
                 raise SessionBusy(peer.pid) from error
@@ -154,7 +153,7 @@ async def make_session(sock: AgentSocket, hello: Message, peer: Peer, state_dir:
                 store, pid=peer.pid, uffd=uffd, page_map=page_map, agent_sock=agent_sock, sentinel=sentinel, tids=tids
             )
         except OSError as error:
-            if error.errno == errno.ESRCH:
+            if error.errno == errno.ESRCH or not _agent_lives(peer.pid, hello):
                 raise TargetGone(peer.pid) from error
             if error.errno == errno.ESTALE:
                 raise ProtocolError(f"pid {peer.pid} sent the userfaultfd of another address space") from error
@@ -173,6 +172,11 @@ async def make_session(sock: AgentSocket, hello: Message, peer: Peer, state_dir:
             sentinel=sentinel,
             fork_events=fork_events,
         )
+
+
+def _agent_lives(pid: int, hello: Message) -> bool:
+    """Tell whether no exec came in the middle of the handshake: the kernel says ENOMEM of memory that is replaced."""
+    return all(procfs.thread_of(pid, tid) for tid in (hello.length, hello.dest))
 
 
 def _flags(*, fork_events: bool) -> int:

@@ -33,7 +33,7 @@ def test_blocking_calls_and_signals_notice_nothing(
     daemon: Daemon, spawn: Spawner, figures: Figures, seconds: int
 ) -> None:
     before = daemon.status().totals
-    calls = spawn("calls", "--seconds", seconds, "--mib", 48)
+    calls = spawn("calls", "--seconds", seconds, "--mib", 48, "--tolerance-ms", 2000)
     with BackToBack(daemon, calls.pid, pause_s=0.005) as dumps:
         result = calls.result(90)
     totals = daemon.status().totals
