@@ -112,6 +112,7 @@ class Dump:
         keeping = Keeping(self._state_dir, self._wish, self._room) if self._wish else None
         before = procfs.resident_bytes(self._pid)
         whole = False
+        self._native.dumping()
         try:
             if keeping:
                 self._keep = engine.Keep(self._native)
@@ -129,6 +130,7 @@ class Dump:
                 self._native.set_forked()
             if self._keep:
                 self._keep.close()
+            self._native.dumped()
         self._session.native.trim()
         freed = max(0, before - procfs.resident_bytes(self._pid))
         return self._report(time.monotonic() - began, freed)

@@ -141,6 +141,10 @@ class Stats:
     remaps: int
     removes: int
     unmaps: int
+    replays: int
+    replayed: int
+    replay_hits: int
+    replay_misses: int
     histogram: tuple[int, ...] = field(repr=False)
 
     def percentile(self, share: float) -> float | None:
@@ -579,6 +583,14 @@ class Session:
     def hurry(self) -> None:
         """Wait no longer than needs be for an agent from now on: the daemon ends."""
         lib.sn_session_hurry(self.handle)
+
+    def dumping(self) -> None:
+        """A dump begins: end a replay, and make the working set of what has come back since the last one."""
+        lib.sn_session_dumping(self.handle)
+
+    def dumped(self) -> None:
+        """A dump has ended: what comes back from now on is what the program wants when it resumes."""
+        lib.sn_session_dumped(self.handle)
 
     def restore(self, start: int, end: int) -> int:
         """Bring all pages of [start, end) back; returns how many. OSError: ENOMEM no room, ESRCH gone."""

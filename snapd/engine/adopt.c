@@ -159,6 +159,7 @@ struct sn_session *sn_session_adopt(const struct sn_target *target, struct sn_st
 	for (uint64_t i = 0; i < table->nrecords; i++)
 		for (uint64_t k = 0; table->records[i].first != NO_ENTRIES && k < table->records[i].npages; k++)
 			store_hold_entry(store, session->pm.entries[table->records[i].first + k]);
+	set_check(session);
 	session->adopted = true;
 	session->forked = true;
 	*ret_error = session_hand_over(session);
@@ -180,6 +181,7 @@ int sn_session_resume(struct sn_session *session)
 	haste_end_former(&session->pm.header->haste, atomic_load(&session->pid));
 	adopt_forks(session);
 	recover_begin(session);
+	sn_session_dumped(session); /* what is out came back to nobody yet, for all that is known */
 	error = session_start(session);
 	FAULT_POINT(FP_RESUMED);
 	/* What is aside waits until it is open: when the process is known, or its agent comes again. */

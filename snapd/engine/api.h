@@ -33,6 +33,7 @@ struct sn_target {
 struct sn_stats {
 	uint64_t faults, filled_zero, filled_aside, filled_stored, retries, bad_pages;
 	uint64_t forks, remaps, removes, unmaps;
+	uint64_t replays, replayed, replay_hits, replay_misses; /* hits, misses: of what was held back */
 	uint64_t histogram[64]; /* fills by time: bucket 4*log2(us) + the next two bits */
 };
 
@@ -206,6 +207,11 @@ int sn_copy_finish(struct sn_copy *copy, uint64_t *ret_end);
 /* Step 7: unmap the staging in slices of at most slice bytes, breath_us apart. */
 int sn_piece_drop(struct sn_piece *piece, uint64_t slice, unsigned int breath_us);
 void sn_piece_free(struct sn_piece *piece);
+
+/* Around a dump: what comes back soon after it is the working set, which is brought first when the program resumes the
+ * next time. */
+void sn_session_dumping(struct sn_session *session);
+void sn_session_dumped(struct sn_session *session);
 
 /* Brings [start, end) back into the target. ret_pages: pages filled. -ENOMEM when the target has no room. */
 int sn_restore(struct sn_session *session, uint64_t start, uint64_t end, uint64_t *ret_pages);

@@ -153,7 +153,8 @@ static bool unchanged(struct sn_session *session, const struct run *run, uint64_
 	return true;
 }
 
-int bulk_copy(struct bulk *bulk, const struct run *run, uint64_t good)
+/* Puts the first so many pages of a run into the target, where nothing has changed. */
+int bulk_copy(struct bulk *bulk, const struct run *run, const unsigned char *pages, uint64_t good)
 {
 	struct sn_session *session = bulk->session;
 	uint64_t from = 0, most = good;
@@ -168,7 +169,7 @@ int bulk_copy(struct bulk *bulk, const struct run *run, uint64_t good)
 		/* Decoding took its time: the program may have installed a guard meanwhile. */
 		same = unchanged(session, run, from, count) && !memory_has_guard(session, address, count);
 		if (same) {
-			result = uffd_copy(session->uffd, address, bulk->pages + from * PAGE, count * PAGE,
+			result = uffd_copy(session->uffd, address, pages + from * PAGE, count * PAGE,
 					   bulk->keep_frames ? SNAPD_UFFDIO_COPY_MODE_WP : 0, &done);
 			FAULT_POINT(FP_RESTORED);
 			came_in(bulk, run, from, done / PAGE);

@@ -41,6 +41,7 @@ enum fault_point {
 	FP_RESTORED = 34,
 	FP_MEMORY_READ = 35, /* errors of what is aside */
 	FP_BULK_READ = 36,   /* errors, and a short read */
+	FP_REPLAY_DECODED = 37,
 	/* events */
 	FP_EVENT_READ = 40,
 	FP_EVENT_APPLIED = 41, /* and not taken out of the ring */

@@ -400,6 +400,8 @@ void *filler_main(void *arg)
 
 		if (result == FILL_DONE) {
 			fill_count(session, fault.since_ns);
+			if (filler.from_store)
+				resume_note(session, fault.address, 1);
 		} else if (result == FILL_GONE) {
 			session_gone(session);
 		} else {

@@ -116,9 +116,19 @@ struct page_map_header {
 #define PM_RING_OFFSET 4096UL
 #define PM_TABLE_OFFSET (64UL << 10)
 #define PM_TABLE_BYTES (4UL << 20)
+#define PM_SET_OFFSET (PM_TABLE_OFFSET + 2 * PM_TABLE_BYTES)
 #define PM_ENTRIES_OFFSET (16UL << 20)
 #define PM_BYTES (PM_ENTRIES_OFFSET + MAX_ENTRIES * 8)
 _Static_assert(sizeof(struct table) <= PM_TABLE_BYTES, "a table fits its place");
+
+#define MAX_SET_RUNS (1UL << 18)
+struct working_set { /* what was wanted after the last resume; no page of the target depends on it */
+	uint64_t nruns, npages;
+	uint32_t held_back; /* so many of 65536 pages are left out of the next replay */
+	uint32_t replays;
+	uint64_t runs[MAX_SET_RUNS]; /* by address: the number of the first page << 16 | pages less one */
+};
+_Static_assert(PM_SET_OFFSET + sizeof(struct working_set) <= PM_ENTRIES_OFFSET, "the set fits its place");
 
 struct page_map {
 	int fd;
@@ -264,6 +274,8 @@ struct fresh { /* where the program is likely to use new memory next, and how mu
 	unsigned int next_victim;
 };
 struct loan;
+struct resume;
+struct replay;
 
 #define MAX_THREADS (int)(sizeof(((struct sn_survey_report *)0)->threads) / sizeof(struct sn_thread))
 #define MAX_KEPT (int)(sizeof(((struct sn_survey_report *)0)->kept) / sizeof(uint64_t))
@@ -327,6 +339,9 @@ struct sn_session {
 
 	pthread_mutex_t fresh_lock;
 	struct fresh fresh;
+
+	struct resume *_Atomic resume; /* from the first dump on */
+	struct replay *_Atomic replay;
 
 	atomic_int fork_copies; /* children that still read our staging */
 	struct sn_piece *inflight[MAX_INFLIGHT];
@@ -464,7 +479,22 @@ int bulk_init(struct bulk *bulk, struct sn_session *session, bool keep_frames);
 void bulk_deinit(struct bulk *bulk);
 bool bulk_next(struct sn_session *session, uint64_t *at, uint64_t end, struct run *ret);
 uint64_t bulk_decode(struct bulk *bulk, const struct run *run, bool nowait);
-int bulk_copy(struct bulk *bulk, const struct run *run, uint64_t good);
+int bulk_copy(struct bulk *bulk, const struct run *run, const unsigned char *pages, uint64_t good);
+
+/* resume.c: pages came back from the store, and were or may be wanted */
+void resume_note(struct sn_session *session, uint64_t address, uint64_t npages);
+void resume_destroy(struct resume *resume);
+void set_check(struct sn_session *session);
+bool set_holds_back(const struct working_set *set, uint64_t page);
+struct interval set_run(const struct working_set *set, uint64_t i);
+
+/* replay.c: one at a time, for resume.c; the set stays as it is until the end */
+bool replay_start(struct sn_session *session, const struct working_set *set);
+void replay_hint_end(struct sn_session *session); /* does not wait */
+void replay_end(struct sn_session *session);
+
+/* headroom.c: how many bytes of memory a process may still take */
+uint64_t headroom(int pid);
 
 /* spin.c: for a reader */
 struct spin {

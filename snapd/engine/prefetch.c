@@ -81,10 +81,11 @@ bool prefetch_step(struct prefetch *prefetch)
 		    memory_has_guard(session, run.start, run.n))
 			continue;
 		good = bulk_decode(&prefetch->bulk, &run, true);
-		if (bulk_copy(&prefetch->bulk, &run, good) || good < run.n) {
+		if (bulk_copy(&prefetch->bulk, &run, prefetch->bulk.pages, good) || good < run.n) {
 			prefetch->end = 0; /* not cached, or bad: the demand fill sees to it */
 			return false;
 		}
+		resume_note(session, run.start, run.n);
 	}
 	prefetch->at = max_u64(prefetch->at, end);
 	return prefetch->at < prefetch->end;

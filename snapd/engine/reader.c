@@ -178,8 +178,10 @@ static uint64_t serve(struct sn_session *session, struct filler *filler, struct 
 			result = fill_page(session, filler, &fault, true);
 			if (result == FILL_DONE) {
 				fill_count(session, fault.since_ns);
-				if (filler->from_store)
+				if (filler->from_store) {
 					prefetch_note(prefetch, fault.address);
+					resume_note(session, fault.address, 1);
+				}
 				if (filler->unknown)
 					learn(session, fault.address);
 				continue;

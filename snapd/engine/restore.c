@@ -68,11 +68,11 @@ static int restore_run(struct work *work, const struct run *run)
 	}
 	good = bulk_decode(&work->bulk, run, false);
 	if (good < run->n) { /* a frame that can't be had: the fill says so to the page */
-		int error = bulk_copy(&work->bulk, run, good);
+		int error = bulk_copy(&work->bulk, run, work->bulk.pages, good);
 
 		return error ? error : fill_single(work, run->start + good * PAGE);
 	}
-	return bulk_copy(&work->bulk, run, good);
+	return bulk_copy(&work->bulk, run, work->bulk.pages, good);
 }
 
 static int work_init(struct work *work, struct sn_session *session)
@@ -157,6 +157,7 @@ int sn_restore(struct sn_session *session, uint64_t start, uint64_t end, uint64_
 	struct restore restore = {.session = session, .lock = PTHREAD_MUTEX_INITIALIZER, .end = end};
 	int nhelpers = (int)min_u64((uint64_t)cpus(), min_u64(MAX_WORKERS, (end - start) / (RUN_PAGES * PAGE))) - 1;
 
+	replay_hint_end(session);
 	/* A discard that the former daemon had read would come back. */
 	if (!ring_is_applied(session))
 		restore.error = -EBUSY;

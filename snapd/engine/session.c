@@ -152,6 +152,7 @@ void session_forget(struct sn_session *session)
 	stop_destroy(session->stop);
 	robust_destroy(session->robust);
 	huge_destroy(session->huge);
+	resume_destroy(session->resume);
 	pm_close(&session->pm);
 	sn_store_release(session->store);
 	pthread_mutex_destroy(&session->mover);
@@ -186,6 +187,7 @@ static void session_quiet(struct sn_session *session)
 	pthread_mutex_unlock(&session->queue_lock);
 	for (int i = 0; i < session->nfillers; i++)
 		pthread_join(session->fillers[i], NULL);
+	replay_end(session);
 	while (atomic_load(&session->fork_copies)) /* a child still reads our staging: it ends soon */
 		usleep(1000);
 }

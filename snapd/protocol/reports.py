@@ -196,7 +196,9 @@ class Totals(Report):
     """What the daemon did for sessions since it began, those that have ended included.
 
     `faults` were answered with zeros, from a page that was aside, or from the store; `retries` is how often an answer
-    had to wait for an event. `forks`, `removes`, `remaps` and `unmaps` are events of the programs' own doing.
+    had to wait for an event. `forks`, `removes`, `remaps` and `unmaps` are events of the programs' own doing. `replays`
+    are resumes at which the working set was brought first, `replayed` its pages; `replay_hits` and `replay_misses` are
+    those that were held back to see whether they are asked for, and were or not.
     """
 
     sessions: int = 0
@@ -210,6 +212,10 @@ class Totals(Report):
     removes: int = 0
     remaps: int = 0
     unmaps: int = 0
+    replays: int = 0
+    replayed: int = 0
+    replay_hits: int = 0
+    replay_misses: int = 0
 
     def plus(self, *others: Totals) -> Totals:
         """Return the sum."""

@@ -5,7 +5,9 @@ Who fills looks again, and leaves the page; who drops waits; who hears of a sess
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import pytest
@@ -17,13 +19,22 @@ from tests.kernel.driving import PAGE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 HEAP_MIB: Final = 2
 HEAP_PAGES: Final = HEAP_MIB * 256
 LATE_MS: Final = 1000
+RESUME_PAGES: Final = 32
 TOGETHER_MS: Final = 500
 """So long the reader is kept, for two faults to be there at once: the second one is another thread's to answer."""
+
+
+def threads(pid: int, name: str) -> int:
+    """Return how many threads of a process have a name."""
+    found = 0
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            found += (task / "comm").read_text().rstrip("\n") == name
+    return found
 
 
 @pytest.fixture
@@ -80,6 +91,22 @@ def test_a_fill_looks_again_before_it_copies(plan: Plan, hold: Target) -> None:
     for one in readers:
         one.join(30)
         assert not one.is_alive()
+    hold.ask("sum")
+
+
+def test_a_replay_looks_again_before_it_copies(plan: Plan, daemon: Daemon, hold: Target) -> None:
+    """Nobody has asked for these pages, and the program discards them when they are decoded already."""
+    heap = int(hold.ask("where")["address"])
+    wanted = range(HEAP_PAGES - 2, 0, -2)  # from the end: prefetch goes upwards
+    for page in wanted:
+        read(hold.pid, heap + page * PAGE, 1)
+    daemon.dump(hold.pid)
+    plan.arm(Step("REPLAY_DECODED", Action.DELAY, LATE_MS))
+    for page in wanted[:RESUME_PAGES]:
+        read(hold.pid, heap + page * PAGE, 1)
+    wait_until(lambda: plan.passes("REPLAY_DECODED"), "pages that are decoded", 30)
+    hold.ask("drop", 0, HEAP_PAGES)
+    wait_until(lambda: plan.happened and not threads(daemon.pid, "snapd-replay"), "the end of the replay", 30)
     hold.ask("sum")
 
 

@@ -21,7 +21,9 @@ STANDS_MS: Final = 1000
 HEAP_MIB: Final = 2
 
 
-class _Iovec(ctypes.Structure):
+class Iovec(ctypes.Structure):
+    """A place and its length, for the kernel."""
+
     _fields_ = (("base", ctypes.c_uint64), ("length", ctypes.c_size_t))
 
 
@@ -29,7 +31,7 @@ def read(pid: int, address: int, npages: int) -> bytes:
     """Read another program's memory as a monitor does; missing pages come in for that."""
     libc = ctypes.CDLL(None, use_errno=True)
     room = ctypes.create_string_buffer(npages * PAGE)
-    here, there = _Iovec(ctypes.addressof(room), len(room)), _Iovec(address, npages * PAGE)
+    here, there = Iovec(ctypes.addressof(room), len(room)), Iovec(address, npages * PAGE)
     libc.process_vm_readv.restype = ctypes.c_ssize_t
     got = libc.process_vm_readv(pid, ctypes.byref(here), 1, ctypes.byref(there), 1, 0)
     assert got == npages * PAGE, os.strerror(ctypes.get_errno())

@@ -477,7 +477,8 @@ def test_places_of_the_page_map_are_those_of_the_code() -> None:
 
     ring, first = constant("PM_RING_OFFSET"), constant("PM_TABLE_OFFSET")
     second, entries = first + constant("PM_TABLE_BYTES"), constant("PM_ENTRIES_OFFSET")
-    assert [in_bytes(row[0]) for row in table[1:]] == [0, ring, first, second, entries]
+    working_set = second + constant("PM_TABLE_BYTES")
+    assert [in_bytes(row[0]) for row in table[1:]] == [0, ring, first, second, working_set, entries]
 
 
 def in_bytes(text: str) -> int:

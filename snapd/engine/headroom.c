@@ -1,0 +1,96 @@
+/* Headroom: how much memory a process may still take before its control groups, or the machine, have none.
+ *
+ * A COPY is charged to the target, and at the limit of its group the kernel may kill it for a page that it did not ask
+ * for. Knows both versions of control groups; what can't be read is no limit.
+ */
+#include "internal.h"
+
+#include <fcntl.h>
+#include <limits.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+static const struct version {
+	const char *mark, *root, *limits[2], *used;
+} versions[] = {
+	{"0::", "/sys/fs/cgroup", {"memory.max", "memory.high"}, "memory.current"},
+	{":memory:", "/sys/fs/cgroup/memory", {"memory.limit_in_bytes", "memory.soft_limit_in_bytes"},
+	 "memory.usage_in_bytes"},
+};
+
+static bool read_text(const char *path, char *text, size_t bytes)
+{
+	int fd = open(path, O_RDONLY | O_CLOEXEC);
+	ssize_t n;
+
+	if (fd < 0)
+		return false;
+	n = read(fd, text, bytes - 1);
+	close(fd);
+	text[n > 0 ? n : 0] = 0;
+	return n > 0;
+}
+
+/* A file of a group with one number; ~0 for "max", and where there is none. */
+static uint64_t read_number(const struct version *version, const char *group, const char *name)
+{
+	char path[PATH_MAX + 128], text[64];
+
+	snprintf(path, sizeof(path), "%s%s/%s", version->root, group, name);
+	if (!read_text(path, text, sizeof(text)) || text[0] < '0' || text[0] > '9')
+		return ~0ULL;
+	return strtoull(text, NULL, 10);
+}
+
+/* Of a group, "/" apart, and all that it is in. */
+static uint64_t left_of(const struct version *version, char *group)
+{
+	uint64_t least = ~0ULL;
+	char *end;
+
+	while ((end = strrchr(group, '/')) && group[1]) {
+		uint64_t used = read_number(version, group, version->used);
+
+		for (int i = 0; i < 2 && used != ~0ULL; i++) {
+			uint64_t limit = read_number(version, group, version->limits[i]);
+
+			if (limit != ~0ULL)
+				least = min_u64(least, limit > used ? limit - used : 0);
+		}
+		*end = 0;
+	}
+	return least;
+}
+
+/* What all programs of the machine may take together. */
+static uint64_t available(void)
+{
+	char text[4096], *line;
+
+	if (!read_text("/proc/meminfo", text, sizeof(text)))
+		return ~0ULL;
+	line = strstr(text, "MemAvailable:");
+	return line ? strtoull(line + strlen("MemAvailable:"), NULL, 10) * 1024 : ~0ULL;
+}
+
+uint64_t headroom(int pid)
+{
+	uint64_t least = available(), left;
+	char path[64], text[PATH_MAX + 512], group[PATH_MAX];
+
+	snprintf(path, sizeof(path), "/proc/%d/cgroup", pid);
+	if (!read_text(path, text, sizeof(text)))
+		return least;
+	for (size_t i = 0; i < sizeof(versions) / sizeof(versions[0]); i++) {
+		const char *line = strstr(text, versions[i].mark);
+
+		if (!line)
+			continue;
+		line += strlen(versions[i].mark);
+		snprintf(group, sizeof(group), "%.*s", (int)strcspn(line, "\n"), line);
+		left = left_of(&versions[i], group);
+		least = min_u64(least, left);
+	}
+	return least;
+}
