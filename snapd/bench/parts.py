@@ -46,9 +46,9 @@ class Heap:
     kernel: Samples = field(default_factory=Samples)
     pictures: Pictures = field(default_factory=Pictures)
 
-    def dump(self) -> DumpReport:
-        """Dump the whole heap."""
-        report = self.subject.dump()
+    def dump(self, *, keep_cached: bool = False) -> DumpReport:
+        """Dump the whole heap; with `keep_cached` the store stays in the page cache, as zram's is in memory."""
+        report = self.subject.dump(keep_cached=keep_cached)
         self.figures.add(
             dump_mb_s=report.moved_bytes / MB / report.duration_s,
             dump_s=report.duration_s,
@@ -117,7 +117,7 @@ def touch(heap: Heap, seed: int) -> None:
         "sequential": ("sequential",),
     }
     for name, command in ways.items():
-        heap.dump()
+        heap.dump(keep_cached=True)
         heap.touch(heap.figures, name, *command)
         heap.restore()
     if heap.swap:
@@ -131,10 +131,11 @@ def touch(heap: Heap, seed: int) -> None:
 def working_set(heap: Heap, seed: int) -> None:
     """Touch a set that is always the same, let it all go out again, and touch the set once more: that is timed."""
     pages = heap.subject.pages_of(SET_SHARE)
-    heap.dump()
+    keep_cached = heap.group is None  # beside a swap file both sides begin cold
+    heap.dump(keep_cached=keep_cached)
     heap.subject.ask("set", pages, 2 * seed)
     time.sleep(APART_S)
-    heap.subject.dump_again()
+    heap.subject.dump_again(keep_cached=keep_cached)
     _forget_caches(heap)
     heap.touch(heap.figures, "set", "set", pages, 2 * seed + 1)
     heap.figures.add(set_resident_share=heap.subject.look().resident_bytes / heap.subject.size_bytes)
@@ -153,7 +154,6 @@ def working_set(heap: Heap, seed: int) -> None:
 
 
 def _forget_caches(heap: Heap) -> None:
-    # Beside a swap file both sides begin cold.
     if heap.group is not None:
         memory.drop_store_caches(heap.subject.daemon.pid)
 
@@ -178,7 +178,7 @@ def threads(heap: Heap, seed: int) -> None:
     pages = heap.subject.pages_of(THREADS_SHARE)
     rates = []
     for count in (1, MANY_THREADS):
-        heap.dump()
+        heap.dump(keep_cached=True)
         rates.append(pages / (heap.subject.ask("sparse", pages, seed, count)["total_ns"] / 1e9))
         heap.restore()
     heap.figures.add(one_thread_s=rates[0], many_threads_s=rates[1], threads_times=rates[1] / rates[0])

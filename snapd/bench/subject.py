@@ -71,18 +71,18 @@ class Subject:
         """Return what of the heap is where."""
         return memory.interval(self.load.pid, self.address, self.size_bytes)
 
-    def dump(self) -> DumpReport:
+    def dump(self, *, keep_cached: bool = False) -> DumpReport:
         """Dump, which must pack the whole heap."""
-        report = self.dump_again()
+        report = self.dump_again(keep_cached=keep_cached)
         packed = report.moved_bytes - report.clean_bytes - report.zero_bytes
         if packed < LEAST_SHARE * self.size_bytes:
             raise Internal(f"a dump packed {packed} of {self.size_bytes} bytes, which is no measurement: {report}")
         return report
 
-    def dump_again(self) -> DumpReport:
+    def dump_again(self, *, keep_cached: bool = False) -> DumpReport:
         """Dump, where some of it may be out or stored already."""
         with self.daemon.client() as client:
-            return client.dump(self.load.pid, DumpOptions(level=self.level))
+            return client.dump(self.load.pid, DumpOptions(level=self.level, keep_cached=keep_cached))
 
     def restore(self) -> RestoreReport:
         """Bring everything back; the next dump finds nothing that is stored already."""

@@ -113,6 +113,7 @@ class Dump:
         before = procfs.resident_bytes(self._pid)
         whole = False
         self._native.dumping()
+        self._native.keep_cached(keep=self._options.keep_cached)
         try:
             if keeping:
                 self._keep = engine.Keep(self._native)

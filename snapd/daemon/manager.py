@@ -297,6 +297,7 @@ class Manager:
                 report = await self._in_thread(session, work.run)
             finally:  # also a dump that found the disk full must leave room for the next
                 await self._trim(session)
+                self._forget_cached(session)
         log.info(
             "pid %d: dumped %d MiB in %.2f s, %d stops, longest %d us",
             pid,
@@ -317,6 +318,26 @@ class Manager:
                 await self._trim(session)
         self._nursery.start_soon(self._make_huge, session)
         return report
+
+    def _forget_cached(self, session: Session) -> None:
+        """After a dump, which does not wait for the disk: let the page cache forget the rest of what it has stored."""
+        bounds = session.native.behind()
+        if bounds is None:
+            return
+        fd = os.dup(session.native.descriptors()[0])  # the session may end meanwhile
+
+        def forget() -> None:
+            try:
+                engine.forget_cached(fd, *bounds)
+            except OSError as error:
+                log.debug("pid %d: the page cache has its store still: %s", session.pid, error.strerror)
+            finally:
+                os.close(fd)
+
+        async def wait() -> None:
+            await trio.to_thread.run_sync(forget)
+
+        self._nursery.start_soon(wait)
 
     async def _make_huge(self, session: Session) -> None:
         """After a restore, which does not take longer for it."""

@@ -240,13 +240,14 @@ class _Server:
         reply: Reply | None = None
         match call.method.removeprefix(f"{INTERFACE}."):
             case "Dump":
-                given = service.parameters(call, "pid", "level", "share_percent", "seed", "keep")
+                given = service.parameters(call, "pid", "level", "share_percent", "seed", "keep", "keep_cached")
                 pid = _pid(given)
                 options = DumpOptions(
                     level=service.optional_integer(given, "level", MIN_LEVEL, MAX_LEVEL),
                     share_percent=service.optional_integer(given, "share_percent", 1, ALL_PERCENT) or ALL_PERCENT,
                     seed=service.optional_integer(given, "seed", 0) or 0,
                     keep=service.optional_name(given, "keep", SNAPSHOT_NAME),
+                    keep_cached=service.flag(given, "keep_cached"),
                 )
                 job = self._start(lambda progress: backend.dump(peer, pid, options=options, progress=progress))
                 reply = await _report(job, call, stream)

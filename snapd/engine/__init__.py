@@ -268,6 +268,11 @@ def uffd_api(uffd: int, *, with_fork: bool) -> int:
     return int(features[0])
 
 
+def forget_cached(fd: int, start: int, end: int) -> None:
+    """Let the page cache forget a part of a file when the disk has it; waits for that. OSError."""
+    check(lib.sn_forget_cached(fd, start, end))
+
+
 def uffd_lives(uffd: int) -> bool:
     """Whether the address space of a userfaultfd still exists."""
     return bool(lib.sn_uffd_lives(uffd))
@@ -542,6 +547,17 @@ class Session:
     def set_floor(self, free_bytes: int) -> None:
         """Let packing stop with ENOSPC before the store's file system has less than that free."""
         lib.sn_store_set_floor(lib.sn_session_store(self.handle), free_bytes)
+
+    def keep_cached(self, *, keep: bool) -> None:
+        """Let frames stay in the page cache when they are written, or not."""
+        lib.sn_store_keep_cached(lib.sn_session_store(self.handle), keep)
+
+    def behind(self) -> tuple[int, int] | None:
+        """Return from where to where the page cache has what `forget_cached` is to be told, or None for nothing."""
+        bounds = ffi.new("uint64_t[2]")
+        if not lib.sn_store_behind(lib.sn_session_store(self.handle), bounds, bounds + 1):
+            return None
+        return int(bounds[0]), int(bounds[1])
 
     def store_key(self) -> int:
         """Return a number that sessions have in common which share a store."""

@@ -88,6 +88,12 @@ void sn_store_set_floor(struct sn_store *store, uint64_t free_bytes); /* packing
 int sn_store_compact(struct sn_store *store, struct sn_session **sessions, int nsessions, uint64_t *ret_bytes);
 int sn_store_trim(struct sn_store *store); /* gives space of dead segments back to the file system */
 
+/* Frames that are written leave the page cache a little later, unless they are to be kept there. What of a store is
+ * left to be forgotten, 0 for nothing; and doing it, which waits for the disk. */
+void sn_store_keep_cached(struct sn_store *store, int keep);
+int sn_store_behind(struct sn_store *store, uint64_t *ret_from, uint64_t *ret_to);
+int sn_forget_cached(int fd, uint64_t from, uint64_t to);
+
 int sn_page_map_create(void); /* a sealed memfd, or a negative errno */
 
 struct sn_session *sn_session_create(const struct sn_target *target, struct sn_store *store, int *ret_error);

@@ -187,6 +187,8 @@ struct sn_store {
 	_Atomic uint64_t *live;	     /* bytes of frames that are referred to by segment, once for each reference */
 	_Atomic uint32_t *written;   /* bytes that were written to each segment and not given back */
 	_Atomic uint64_t trimmed_bytes, floor;
+	_Atomic uint64_t begun, forgotten; /* segments that the disk was given, and that the page cache forgot */
+	atomic_bool keep_cached;
 };
 
 /* store.c */
@@ -205,6 +207,9 @@ static inline void store_unhold_entry(struct sn_store *store, uint64_t e)
 	if (entry_has_frame(e))
 		store_unhold(store, ENTRY_OFFSET(e), ENTRY_BYTES(e));
 }
+
+/* behind.c: frames were appended */
+void behind_wrote(struct sn_store *store);
 
 /* ---- frames ---- */
 

@@ -125,6 +125,7 @@ static int write_batch(struct sn_piece *piece, struct batch *batch, struct sn_pa
 		at += batch->bytes[i];
 	}
 	store_unhold(store, offset, batch->used);
+	behind_wrote(store);
 	return error;
 }
 

@@ -62,6 +62,8 @@ struct sn_store *sn_store_open(int fd, const unsigned char *id, uint64_t tail, u
 	atomic_store(&store->references, 1);
 	atomic_store(&store->tail, tail);
 	atomic_store(&store->end, (tail + SEGMENT_BYTES - 1) >> SEGMENT_SHIFT);
+	atomic_store(&store->begun, tail >> SEGMENT_SHIFT);
+	atomic_store(&store->forgotten, tail >> SEGMENT_SHIFT);
 	store->limit = limit ? min_u64(limit, MAX_SEGMENTS) : MAX_SEGMENTS;
 	count_written(store, tail);
 	pthread_mutex_init(&store->lock, NULL);

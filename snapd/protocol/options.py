@@ -27,17 +27,19 @@ class DumpOptions:
 
     `share_percent` below 100 takes a random part of the heap, in random intervals that `seed` decides: for tests that
     want pages in every state. `keep` is the name under which the dump is kept as a snapshot.
+    `keep_cached` leaves what is stored in the page cache as well.
     """
 
     level: int | None = None
     share_percent: int = ALL_PERCENT
     seed: int = 0
     keep: str | None = None
+    keep_cached: bool = False
 
     def parameters(self) -> dict[str, Any]:
         """Return what differs from the defaults, as the control socket carries it."""
         chosen = {"share_percent": self.share_percent, "seed": self.seed} if self.share_percent < ALL_PERCENT else {}
-        wished = {"level": self.level, "keep": self.keep}
+        wished = {"level": self.level, "keep": self.keep, "keep_cached": self.keep_cached or None}
         return {**{name: value for name, value in wished.items() if value is not None}, **chosen}
 
 
