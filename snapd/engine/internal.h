@@ -592,6 +592,10 @@ bool dismiss_is_stopped(const struct sn_session *session); /* the mover, by a si
 /* Ends a thread of the agent; -EAGAIN: not yet. unfiltered: only where no seccomp filter is asked; else -EPERM. */
 int dismiss(struct sn_session *session, int tid, bool unfiltered);
 
+/* lift.c */
+void lift(const struct sn_session *session); /* again and again, while the mover is waited for in a stop */
+void lift_end(void);
+
 /* pack.c */
 int pack_start(int nthreads);
 void pack_pause(void); /* while a target stands; pauses nest */

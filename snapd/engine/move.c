@@ -760,6 +760,7 @@ static void stand(struct sn_piece *piece, struct sn_piece_report *ret)
 		ret->outcome = inside_stop(piece, ret);
 	else
 		piece->nspans = 0;
+	lift_end();
 	stop_end(session->stop);
 	ret->stop_ns = now_ns() - began;
 }

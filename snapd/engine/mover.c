@@ -153,7 +153,8 @@ static int take_reply(struct sn_session *session, struct snapd_wire *ret, int fl
 }
 
 /* In a stop a mover that may still carry out what it was told must not be left behind: the program would run while its
- * memory is moved. One that was stopped by a signal stands with the whole program, and is waited for. */
+ * memory is moved. One that a signal has stopped goes on by lift.c; if not, it stands with the whole program, and is
+ * waited for. */
 static bool ended_in_stop(struct sn_session *session)
 {
 	if (!atomic_load(&session->hurry) && dismiss_is_stopped(session))
@@ -176,6 +177,8 @@ static int wait_reply(struct sn_session *session, struct snapd_wire *ret)
 		uint64_t now = now_ns();
 
 		mover_continue(session);
+		if (session->in_stop)
+			lift(session);
 		if (now - began < limit_ns(session) || now < again)
 			continue;
 		if (!session->in_stop) {

@@ -652,6 +652,7 @@ static int recover(struct sn_session *session)
 		error = finish_stop(session);
 		if (error)
 			outcome = error == -EPIPE || error == -ESRCH ? SN_GONE : SN_FAILED;
+		lift_end();
 		stop_end(session->stop);
 	}
 	mover_continue(session);

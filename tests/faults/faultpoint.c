@@ -2,7 +2,8 @@
  * and all daemons that follow each other have mapped. Linked into the tests' own build of the engine, and no other.
  *
  * The plan is steps, one after the other: at a point, after so many passes, an action, so many times. A daemon that is
- * to be killed has taken its step before it is: the next one goes on with the plan. */
+ * to be killed has taken its step before it is: the next one goes on with the plan. A plan that is disarmed ends a wait
+ * at once. */
 #include "../../snapd/engine/internal.h"
 
 #include <fcntl.h>
@@ -76,7 +77,7 @@ __attribute__((visibility("default"))) int fault_point(enum fault_point point)
 		kill(getpid(), SIGSTOP);
 		return 0;
 	case ACTION_DELAY:
-		for (uint32_t i = 0; i < step.value; i++)
+		for (uint32_t i = 0; i < step.value && atomic_load(&plan->at) < MAX_STEPS; i++)
 			usleep(PAUSE_US);
 		return 0;
 	case ACTION_SHORT:

@@ -84,7 +84,7 @@ class Plan:
         self._map[: _FIRST.size] = _FIRST.pack(0)
 
     def disarm(self) -> None:
-        """Let nothing happen any more."""
+        """Let nothing happen any more; a delay ends now."""
         self._map[: _FIRST.size] = _FIRST.pack(MAX_STEPS)
 
     def passes(self, point: str) -> int:

@@ -168,8 +168,8 @@ def test_agent_that_stops_its_program_in_a_stop_keeps_the_daemon_from_nothing(al
     targets = [sullen(alone, daemon, kind, "after", "stop") for kind in (Kind.MOVE, Kind.PIN)]
     with ThreadPoolExecutor(len(targets)) as pool:
         dumps = [pool.submit(failure, daemon, target.pid) for target in targets]
-        wait_until(lambda: all("T" in states_of(target) for target in targets), "the agents to be stopped")
-        time.sleep(1)  # it is waited for as long as the daemon has time
+        wait_until(lambda: all("t" in states_of(target) for target in targets), "the programs to stand")
+        time.sleep(1)  # such an agent has as long as any other: as long as the daemon has time
         assert not any(dump.done() for dump in dumps)
         daemon.terminate()
         assert daemon.process.wait(30) == 0
