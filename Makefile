@@ -31,7 +31,7 @@ demo-tabs: need-chromium build ## show background tabs of a browser on their way
 	@$(BIN)/python -m tests.demo_tabs $(ARGS)
 
 test: need-redis build ## run all tests (ARGS='tests/unit -k map' for a part)
-	@$(BIN)/pytest $(ARGS)
+	@$(BIN)/python -m tests.lanes $(ARGS)
 
 tabs: need-chromium need-runtimes build ## dump a browser's tabs, node and JVMs that know nothing of snapd (ten minutes)
 	@SNAPD_REQUIRE_PEERS=1 $(BIN)/pytest -m torture tests/kernel/test_tabs.py tests/kernel/test_demo.py \
