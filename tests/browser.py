@@ -43,6 +43,11 @@ OPTIONS: Final = (
 )
 
 
+def _as(uid: int) -> list[str]:
+    """Return what runs a command as `uid`, and ends it when whoever has started it is killed."""
+    return ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--pdeathsig=KILL", "--"]
+
+
 class DevTools:
     """One DevTools connection: a call, its reply, and the events that come in between."""
 
@@ -169,16 +174,13 @@ class Browser:
         profile, self._log = home / "profile", home / "log"
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
-                ["chromium", *OPTIONS, f"--user-data-dir={profile}", "about:blank"],
+                [*_as(uid), "chromium", *OPTIONS, f"--user-data-dir={profile}", "about:blank"],
                 env={**ENV, "HOME": str(home), "XDG_RUNTIME_DIR": str(home)},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 cwd="/",
                 start_new_session=True,
-                user=uid,
-                group=uid,
-                extra_groups=[],
             )
         self._stack.callback(self._end)
         self._tools_port = wait_until(lambda: self._devtools_port(profile / "DevToolsActivePort"), "DevTools", START_S)
