@@ -114,7 +114,11 @@ def attach(pid: int, uid: int, state_dir: Path) -> Session:
         except OSError as error:
             raise TargetGone(pid) from error
         undo.callback(os.close, pidfd)
-        injection = _inject(pid, _open_device(undo), make=True)
+        device = _open_device()
+        try:
+            injection = _inject(pid, device, make=True)
+        finally:
+            os.close(device)
         undo.callback(_take_back, pid, injection)
         if not enable(injection.uffd):
             raise NotAttachable(pid, "only a daemon with CAP_SYS_PTRACE hears of its forks")
@@ -173,18 +177,11 @@ def _own_ranges(sentinel: int, injection: engine.Injection) -> tuple[Range, ...]
     )
 
 
-def _open_device(undo: ExitStack) -> int:
+def _open_device() -> int:
     try:
-        device = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
+        return os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
         raise UserfaultfdDenied(DEVICE, error.strerror or str(error)) from error
-    undo.callback(_close_quietly, device)
-    return device
-
-
-def _close_quietly(fd: int) -> None:
-    with suppress(OSError):
-        os.close(fd)
 
 
 def _take_back(pid: int, injection: engine.Injection) -> None:

@@ -15,6 +15,7 @@ from tests.kernel import scheduling
 from tests.kernel.driving import MIB, Figures
 
 CYCLES = 100
+SETTLED = 12  # looks in a row, most of them 50 ms apart
 
 FILTERED = """
 import ctypes, hashlib, struct, sys
@@ -60,6 +61,18 @@ def state_of(pid: int) -> tuple[str, list[tuple[str, str]], dict[str, list[str]]
     return Path(f"/proc/{pid}/maps").read_text(), fds, masks
 
 
+def settled_descriptors(daemon: Daemon) -> int:
+    """Return how many descriptors the daemon has when no client is there and no session is left to be cleared up."""
+    counts: list[int] = []
+
+    def is_settled() -> bool:
+        counts.append(len(list(Path(f"/proc/{daemon.pid}/fd").iterdir())))
+        return len(counts) > SETTLED and len(set(counts[-SETTLED:])) == 1
+
+    wait_until(is_settled, "the daemon's descriptors to settle")
+    return counts[-1]
+
+
 def attach(daemon: Daemon, pid: int) -> None:
     with daemon.client() as client:
         assert client.attach(pid).attached == (pid,)
@@ -88,11 +101,15 @@ def test_hundred_times_attached_and_detached_leaves_no_trace(daemon: Daemon, fig
         try:
             wait_until(lambda: Path(f"/proc/{sleeper.pid}/syscall").read_text().startswith("230 "), "its sleep")
             before = state_of(sleeper.pid)
-            for _ in range(CYCLES):
+            used = 0
+            for number in range(CYCLES + 1):
                 with daemon.client() as client:
                     client.attach(sleeper.pid)
                     client.detach(sleeper.pid)
+                if not number:  # what a daemon makes once, it has made by now
+                    used = settled_descriptors(daemon)
             assert state_of(sleeper.pid) == before
+            assert settled_descriptors(daemon) == used
             assert sleeper.poll() is None
         finally:
             sleeper.kill()
