@@ -301,30 +301,36 @@ def test_a_full_disk_leaves_no_snapshot_and_loses_nothing(
 @pytest.mark.parametrize("rounds", [4, pytest.param(40, marks=pytest.mark.torture)])
 def test_a_daemon_that_is_killed_leaves_a_whole_file_or_none(figures: Figures, rounds: int) -> None:
     whole = none = 0
-    delay_s = 0.1  # looks for the end of the work, where the file gets its name
-    for number in range(rounds + 10):
-        if number >= rounds and whole and none:
-            break
+    for number in range(rounds):
         with Daemon() as daemon, Spawner(daemon) as spawn:
             daemon.allow(".*")
             hold = spawn("hold", "--mib", 32)
+            path = daemon.state_dir / "snapshots" / "0" / "cut.snapd"
             with daemon.client() as client:
                 steps = client.iter_dump(hold.pid, DumpOptions(keep="cut"))
                 next(steps)
-                time.sleep(delay_s)
+                if number % 2:  # the very instant at which the file has its name
+                    spin_until(path.exists)
+                else:
+                    time.sleep(0.01 * number)
                 daemon.kill()
                 steps.close()
             files = list((daemon.state_dir / "snapshots").rglob("*.*"))
-            for path in files:
-                assert path.name == "cut.snapd"
-                assert verify_snapshot(path).ok
+            assert files in ([], [path])
+            assert all(verify_snapshot(one).ok for one in files)
             whole += len(files)
             none += not files
-            delay_s *= 0.8 if files else 1.5
             hold.kill()
     figures.note(whole=whole, none=none)
     assert whole
     assert none
+
+
+def spin_until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
+    """Wait without a pause."""
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end
 
 
 def test_what_a_crash_left_unfinished_is_removed_at_the_next_start(tmp_path: Path) -> None:
