@@ -1,9 +1,10 @@
-"""`python -m tests.lanes`: all tests, some of them in two runs of pytest at the same time, and the rest alone.
+"""`python -m tests.lanes`: all tests, most of them in three runs of pytest at the same time, and the rest alone.
 
-Most tests wait more than they work, so two at a time take little more than one. Those whose figures or instants another
-one could disturb run alone, and so does every file that is not named here. Arguments go to one pytest as they are.
+Most tests wait more than they work: three at a time leave two CPUs idle now and then. Those whose figures or instants
+another one could disturb run alone, and so does every file that is not named here. Arguments go to one pytest.
 """
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -16,11 +17,8 @@ LANES: Final = (
     (
         "tests/faults",
         "tests/kernel/test_children.py",
-        "tests/kernel/test_churn.py",
-        "tests/kernel/test_events.py",
         "tests/kernel/test_fresh.py",
-        "tests/kernel/test_limits.py",
-        "tests/kernel/test_lost_asides.py",
+        "tests/kernel/test_keep.py",
         "tests/kernel/test_robust.py",
         "tests/kernel/test_what_stays.py",
     ),
@@ -28,20 +26,25 @@ LANES: Final = (
         "tests/unit",
         "tests/cli",
         "tests/torture/test_command.py",
-        "tests/kernel/test_attach.py",
-        "tests/kernel/test_bad_input.py",
         "tests/kernel/test_demo.py",
         "tests/kernel/test_disk.py",
         "tests/kernel/test_examples.py",
-        "tests/kernel/test_keep.py",
-        "tests/kernel/test_members.py",
-        "tests/kernel/test_pins.py",
-        "tests/kernel/test_redis.py",
         "tests/kernel/test_store.py",
         "tests/kernel/test_users.py",
     ),
+    (
+        "tests/kernel/test_attach.py",
+        "tests/kernel/test_bad_input.py",
+        "tests/kernel/test_churn.py",
+        "tests/kernel/test_events.py",
+        "tests/kernel/test_limits.py",
+        "tests/kernel/test_lost_asides.py",
+        "tests/kernel/test_members.py",
+        "tests/kernel/test_pins.py",
+        "tests/kernel/test_redis.py",
+    ),
 )
-"""What runs beside what: about as long, the one mostly deaths and waiting, the other mostly work."""
+"""What runs beside what, each about as long."""
 
 
 INTERRUPTED: Final = 2
@@ -59,13 +62,17 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGINT, lambda *_: None)  # the runs have it too, end, and are waited for
     if arguments:
         return start(*arguments).wait()
-    with tempfile.TemporaryFile() as said:
-        # Two runs cannot note their last failures in one place.
-        beside = start("-p", "no:cacheprovider", *LANES[1], output=said)
-        statuses = [start(*LANES[0]).wait(), beside.wait()]
-        said.seek(0)
-        sys.stdout.write(said.read().decode(errors="replace"))
-        sys.stdout.flush()
+    with contextlib.ExitStack() as stack:
+        texts = [stack.enter_context(tempfile.TemporaryFile()) for _ in LANES[1:]]
+        # Several runs cannot note their last failures in one place.
+        beside = [
+            start("-p", "no:cacheprovider", *lane, output=text) for lane, text in zip(LANES[1:], texts, strict=True)
+        ]
+        statuses = [start(*LANES[0]).wait(), *(run.wait() for run in beside)]
+        for text in texts:
+            text.seek(0)
+            sys.stdout.write(text.read().decode(errors="replace"))
+            sys.stdout.flush()
     if INTERRUPTED not in statuses:
         statuses.append(start(*(f"--ignore={path}" for lane in LANES for path in lane)).wait())
     return next((status for status in statuses if status), 0)
