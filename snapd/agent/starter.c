@@ -120,6 +120,7 @@ static void in_child(void)
 {
 	if (forking.owner)
 		end_fork();
+	left = 0; /* that region is not here either */
 	if (!running)
 		return;
 	running = 0;

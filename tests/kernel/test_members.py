@@ -317,6 +317,16 @@ def test_leaving_before_any_session_began_does_so_at_once(spawn_alone: Spawner, 
     member.quit()
 
 
+def test_child_of_a_program_that_has_left_joins_by_itself(spawn_alone: Spawner, tmp_path: Path) -> None:
+    """What is left of its parent's agent is not in its memory."""
+    env = {"LD_PRELOAD": library_path(), "SNAPD_AGENT_SOCKET": str(tmp_path / "agent.sock")}
+    member = spawn_alone("member", env=env)
+    assert member.ask("leave")["result"] == 0
+    assert member.ask("forkjoin")["done"]
+    assert member.ask("join")["result"] == 0
+    member.quit()
+
+
 def test_agent_that_is_refused_asks_quickly_for_a_second_and_then_once_a_second(
     tmp_path: Path, spawn_alone: Spawner
 ) -> None:

@@ -8,7 +8,7 @@
  *   setuid UID  becomes that user for good, as far as the C library knows its threads
  *   filter ON   a seccomp filter that kills for what an agent calls and this program does not: on all threads when ON
  *               is 1, on the calling thread when it is 0
- *   fork        a child verifies every page; answers when it has ended
+ *   fork        a child verifies every page; answers when it has ended; forkjoin: the child calls snapd_cooperate()
  *   beside ON   a child that does nothing lives on until it is told to end, by ON 0
  *   write N SEED gives N random pages new content
  *   quit        as does the end of input */
@@ -48,13 +48,20 @@ static void do_filter(bool all)
     reply("\"done\":true");
 }
 
-static void do_fork(void)
+static int join(void)
+{
+    return snapd_cooperate ? snapd_cooperate(getenv("SNAPD_AGENT_SOCKET")) : -ENOSYS;
+}
+
+static void do_fork(bool joins)
 {
     int status;
     pid_t pid = fork();
     if (pid == -1)
         fail_errno("fork");
     if (pid == 0) {
+        if (joins && join() != 0)
+            _exit(1);
         sleep_ns(200 * NS_PER_MS); /* an agent of its own, if it gets one, has begun by now */
         heap_sum(&heap);
         _exit(0);
@@ -99,13 +106,15 @@ static void run_command(const struct command *command)
     else if (strcmp(name, "leave") == 0)
         reply("\"result\":%d", snapd_leave ? snapd_leave() : -ENOSYS);
     else if (strcmp(name, "join") == 0)
-        reply("\"result\":%d", snapd_cooperate ? snapd_cooperate(getenv("SNAPD_AGENT_SOCKET")) : -ENOSYS);
+        reply("\"result\":%d", join());
     else if (strcmp(name, "setuid") == 0)
         reply("\"result\":%d", setuid((uid_t)command->argument[0]));
     else if (strcmp(name, "filter") == 0)
         do_filter(command->argument[0]);
     else if (strcmp(name, "fork") == 0)
-        do_fork();
+        do_fork(false);
+    else if (strcmp(name, "forkjoin") == 0)
+        do_fork(true);
     else if (strcmp(name, "beside") == 0)
         do_beside(command->argument[0]);
     else if (strcmp(name, "write") == 0)
