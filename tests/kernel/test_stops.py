@@ -59,7 +59,7 @@ def interrupted(result: dict[str, dict[str, dict[str, int]]]) -> list[tuple[str,
 def test_thread_that_does_not_stand_puts_pieces_off_and_nothing_is_lost(
     daemon: Daemon, spawn: Spawner, figures: Figures
 ) -> None:
-    calls = spawn("calls", "--seconds", 80, "--mib", 32, "--only", "vfork,epoll_wait,read")
+    calls = spawn("calls", "--seconds", 80, "--mib", 32, "--tolerance-ms", 2000, "--only", "vfork,epoll_wait,read")
     daemon.allow("could not be moved")
     with BackToBack(daemon, calls.pid, ignore=(NotStopping, SharedMemory, TargetStopped)) as dumps:
         # Most dumps are refused, as the moment has it: it ends when one was not.
