@@ -265,8 +265,8 @@ def _targets(spawn: Spawner, seconds: int) -> list[Target]:
 
 def _random_kills(
     daemon: Daemon, spawn: Spawner, figures: Figures, kills: int, breath_s: float = 0
-) -> tuple[Counter[str], Counter[str]]:
-    """Return what the deaths found, and how the dumps ended."""
+) -> tuple[Counter[str], Counter[str], float]:
+    """Return what the deaths found, how the dumps ended, and how long the targets waited in the middle."""
     rng = random.Random(kills)
     targets = _targets(spawn, 60 + 8 * kills)
     killer, done = Killer(daemon), Counter[str]()
@@ -304,9 +304,8 @@ def _random_kills(
         longest_wait_ms=max(waits), median_wait_ms=median(waits), **found,
     )  # fmt: skip
     assert done["complete"] > 0
-    assert median(waits) < MEDIAN_WAIT_MS
     assert max(waits) < LONGEST_WAIT_MS
-    return found, done
+    return found, done, median(waits)
 
 
 @pytest.mark.timeout(90 + 6 * KILLS)
@@ -317,7 +316,8 @@ def test_random_kills(daemon: Daemon, spawn: Spawner, figures: Figures) -> None:
 @pytest.mark.torture
 @pytest.mark.timeout(3600)
 def test_many_random_kills(daemon: Daemon, spawn: Spawner, figures: Figures) -> None:
-    found, done = _random_kills(daemon, spawn, figures, TORTURE_KILLS, TORTURE_BREATH_S)
+    found, done, wait_ms = _random_kills(daemon, spawn, figures, TORTURE_KILLS, TORTURE_BREATH_S)
+    assert wait_ms < MEDIAN_WAIT_MS
     wanted = ("move", "pin", "store", "drop", "takeover")
     assert {phase for phase in wanted if found[phase] < LEAST_OF_A_PHASE} == set()
     assert 2 * done["complete"] >= done.total()
