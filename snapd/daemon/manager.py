@@ -91,6 +91,8 @@ HOUSE_SLACK_BYTES: Final = 16 << 20
 RETRY_SHUTDOWN_S: Final = 1.0
 PATIENCE_S: Final = 10.0
 LOOK_S: Final = 0.1
+FORGETTING: Final = 4
+"""So many stores are waited for at a time until the disk has them."""
 TIDY_S: Final = 1.0
 USERS_S: Final = 1.0
 MAX_SESSIONS: Final = 2048
@@ -126,6 +128,7 @@ class Manager:
         self.upgrading: Upgrade | None = None
         self.unserved_s: float | None = None
         self._handing_over = trio.Lock()
+        self._forgetting = trio.CapacityLimiter(FORGETTING)
         self._ended: defaultdict[int, Totals] = defaultdict(Totals)  # of sessions that are gone, by user
 
     def handlers(self) -> dict[Kind, agents.Handler]:
@@ -324,18 +327,25 @@ class Manager:
         bounds = session.native.behind()
         if bounds is None:
             return
-        fd = os.dup(session.native.descriptors()[0])  # the session may end meanwhile
+        try:  # the session may end meanwhile; and an error of the disk is told to each opening of a file
+            fd = os.open(f"/proc/self/fd/{session.native.descriptors()[0]}", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            log.debug("pid %d: the page cache has its store still: %s", session.pid, error.strerror)
+            return
 
         def forget() -> None:
             try:
                 engine.forget_cached(fd, *bounds)
-            except OSError as error:
-                log.debug("pid %d: the page cache has its store still: %s", session.pid, error.strerror)
             finally:
                 os.close(fd)
 
         async def wait() -> None:
-            await trio.to_thread.run_sync(forget)
+            try:
+                await trio.to_thread.run_sync(forget, abandon_on_cancel=True, limiter=self._forgetting)
+            except OSError as error:
+                log.warning("pid %d: the disk has not taken its store: %s", session.pid, error.strerror)
+                if session.state is not State.GONE:
+                    session.native.distrust_store()
 
         self._nursery.start_soon(wait)
 

@@ -269,7 +269,7 @@ def uffd_api(uffd: int, *, with_fork: bool) -> int:
 
 
 def forget_cached(fd: int, start: int, end: int) -> None:
-    """Let the page cache forget a part of a file when the disk has it; waits for that. OSError."""
+    """Let the page cache forget a part of a file when the disk has it; waits for that. OSError: it has not."""
     check(lib.sn_forget_cached(fd, start, end))
 
 
@@ -551,6 +551,10 @@ class Session:
     def keep_cached(self, *, keep: bool) -> None:
         """Let frames stay in the page cache when they are written, or not."""
         lib.sn_store_keep_cached(lib.sn_session_store(self.handle), keep)
+
+    def distrust_store(self) -> None:
+        """Have nothing of its store forgotten any more, and nothing more stored: the disk has refused to take it."""
+        lib.sn_store_distrust(lib.sn_session_store(self.handle))
 
     def behind(self) -> tuple[int, int] | None:
         """Return from where to where the page cache has what `forget_cached` is to be told, or None for nothing."""

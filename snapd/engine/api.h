@@ -91,6 +91,7 @@ int sn_store_trim(struct sn_store *store); /* gives space of dead segments back 
 /* Frames that are written leave the page cache a little later, unless they are to be kept there. What of a store is
  * left to be forgotten, 0 for nothing; and doing it, which waits for the disk. */
 void sn_store_keep_cached(struct sn_store *store, int keep);
+void sn_store_distrust(struct sn_store *store);
 int sn_store_behind(struct sn_store *store, uint64_t *ret_from, uint64_t *ret_to);
 int sn_forget_cached(int fd, uint64_t from, uint64_t to);
 

@@ -78,6 +78,7 @@ enum fault_point {
 	FP_PUNCH = 73, /* errors */
 	FP_PUNCHED = 74,
 	FP_COPY_WRITE = 75, /* errors */
+	FP_WRITE_BACK = 76, /* errors: the disk takes what the page cache has */
 	FP_SNAPSHOT_WRITE = 80, /* these are of Python: of its footer and header */
 	FP_SNAPSHOT_SYNC = 81,	/* of the file, then of its directory */
 	FP_SNAPSHOT_NAMING = 82,

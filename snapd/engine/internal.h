@@ -188,7 +188,8 @@ struct sn_store {
 	_Atomic uint32_t *written;   /* bytes that were written to each segment and not given back */
 	_Atomic uint64_t trimmed_bytes, floor;
 	_Atomic uint64_t begun, forgotten; /* segments that the disk was given, and that the page cache forgot */
-	atomic_bool keep_cached;
+	atomic_bool keep_cached, distrusted; /* distrusted: the disk has refused something, at any place */
+	pthread_mutex_t forgetting;
 };
 
 /* store.c */
@@ -208,8 +209,8 @@ static inline void store_unhold_entry(struct sn_store *store, uint64_t e)
 		store_unhold(store, ENTRY_OFFSET(e), ENTRY_BYTES(e));
 }
 
-/* behind.c: frames were appended */
-void behind_wrote(struct sn_store *store);
+/* behind.c: frames were appended. -EIO: the disk did not take earlier ones */
+int behind_wrote(struct sn_store *store);
 
 /* ---- frames ---- */
 

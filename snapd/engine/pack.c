@@ -125,8 +125,7 @@ static int write_batch(struct sn_piece *piece, struct batch *batch, struct sn_pa
 		at += batch->bytes[i];
 	}
 	store_unhold(store, offset, batch->used);
-	behind_wrote(store);
-	return error;
+	return error ? error : behind_wrote(store);
 }
 
 /* A page that can't be read is zeros when it was freed lazily and taken by the kernel. Otherwise its memory or the swap

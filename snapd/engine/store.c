@@ -67,6 +67,7 @@ struct sn_store *sn_store_open(int fd, const unsigned char *id, uint64_t tail, u
 	store->limit = limit ? min_u64(limit, MAX_SEGMENTS) : MAX_SEGMENTS;
 	count_written(store, tail);
 	pthread_mutex_init(&store->lock, NULL);
+	pthread_mutex_init(&store->forgetting, NULL);
 	return store;
 }
 
@@ -77,6 +78,7 @@ void sn_store_release(struct sn_store *store)
 	sn_withhold(KEEP_STORE, store->number);
 	close(store->fd); /* unnamed: the last close frees its blocks */
 	pthread_mutex_destroy(&store->lock);
+	pthread_mutex_destroy(&store->forgetting);
 	free((void *)store->live);
 	free((void *)store->written);
 	free(store);

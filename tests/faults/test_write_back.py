@@ -1,0 +1,49 @@
+"""A disk that takes frames into the page cache and cannot write them: the cache is their only copy, and keeps it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import pytest
+
+from snapd.errors import StoreFailed
+from tests.faults.plan import Plan, fails
+from tests.harness import Daemon, Spawner, wait_until
+from tests.kernel.driving import MIB, stores_of
+from tests.kernel.test_page_cache import cached_bytes
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SMALL_MIB: Final = 8
+LARGE_MIB: Final = 96
+"""So much that the page cache forgets frames before the dump has ended."""
+
+
+def test_what_the_disk_refused_after_a_dump_stays_in_the_page_cache(tmp_path: Path) -> None:
+    with Plan(tmp_path / "plan") as plan, Daemon(env=plan.environment()) as daemon, Spawner(daemon) as spawn:
+        daemon.allow("the disk has not taken its store")
+        hold = spawn("hold", "--mib", SMALL_MIB)
+        plan.arm(fails("WRITE_BACK", times=1))
+        stored = daemon.dump(hold.pid).stored_bytes
+        wait_until(lambda: "the disk has not taken its store" in daemon.log(), "what the disk says")
+        [store] = stores_of(daemon)
+        hold.ask("write", 100, 1)
+        with pytest.raises(StoreFailed):
+            daemon.dump(hold.pid)
+        assert cached_bytes(store) > stored * 7 // 8
+        hold.ask("sum")
+        hold.quit()
+
+
+def test_what_the_disk_refused_in_a_dump_ends_it_and_stays_in_the_page_cache(tmp_path: Path) -> None:
+    with Plan(tmp_path / "plan") as plan, Daemon(env=plan.environment()) as daemon, Spawner(daemon) as spawn:
+        hold = spawn("hold", "--mib", LARGE_MIB)
+        plan.arm(fails("WRITE_BACK", times=1))
+        with pytest.raises(StoreFailed):
+            daemon.dump(hold.pid)
+        assert plan.happened == 1
+        [store] = stores_of(daemon)
+        assert cached_bytes(store) > 10 * MIB
+        hold.ask("sum")
+        hold.quit()
