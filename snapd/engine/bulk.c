@@ -166,8 +166,10 @@ int bulk_copy(struct bulk *bulk, const struct run *run, const unsigned char *pag
 		bool same;
 
 		pthread_rwlock_rdlock(&session->lock);
-		/* Decoding took its time: the program may have installed a guard meanwhile. */
-		same = unchanged(session, run, from, count) && !memory_has_guard(session, address, count);
+		/* Decoding took its time: the program may have installed a guard meanwhile. Where nobody can look,
+		 * nothing is put that nobody asked for. */
+		same = unchanged(session, run, from, count) && !memory_has_guard(session, address, count) &&
+		       (!bulk->keep_frames || atomic_load(&session->pagemap_fd) >= 0);
 		if (same) {
 			result = uffd_copy(session->uffd, address, pages + from * PAGE, count * PAGE,
 					   bulk->keep_frames ? SNAPD_UFFDIO_COPY_MODE_WP : 0, &done);

@@ -43,24 +43,34 @@ static uint64_t read_number(const struct version *version, const char *group, co
 	return strtoull(text, NULL, 10);
 }
 
-/* Of a group, "/" apart, and all that it is in. */
+/* Of a group and all that it is in. In a control group namespace the root is a group with limits, too. A group that
+ * nobody here can see (of another namespace, or not mounted) may have any: nothing is left. */
 static uint64_t left_of(const struct version *version, char *group)
 {
 	uint64_t least = ~0ULL;
+	bool seen = !group[1], more = true;
 	char *end;
 
-	while ((end = strrchr(group, '/')) && group[1]) {
+	if (strstr(group, "/.."))
+		return 0;
+	if (!group[1])
+		group[0] = 0;
+	while (more) {
 		uint64_t used = read_number(version, group, version->used);
 
+		seen |= used != ~0ULL;
 		for (int i = 0; i < 2 && used != ~0ULL; i++) {
 			uint64_t limit = read_number(version, group, version->limits[i]);
 
 			if (limit != ~0ULL)
 				least = min_u64(least, limit > used ? limit - used : 0);
 		}
-		*end = 0;
+		end = strrchr(group, '/');
+		more = end;
+		if (end)
+			*end = 0;
 	}
-	return least;
+	return seen ? least : 0;
 }
 
 /* What all programs of the machine may take together. */

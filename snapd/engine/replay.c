@@ -267,7 +267,8 @@ bool replay_start(struct sn_session *session, const struct working_set *set)
 {
 	struct replay *replay;
 
-	if (session->replay || !set->nruns)
+	/* Without the page map of the kernel there is no look for guards. */
+	if (session->replay || !set->nruns || atomic_load(&session->pagemap_fd) < 0)
 		return false;
 	replay = calloc(1, sizeof(*replay));
 	if (!replay)

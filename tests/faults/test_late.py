@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
+from snapd.daemon import procfs
 from tests.faults.plan import Action, Plan, Step
 from tests.faults.test_strangers import read
 from tests.harness import Daemon, Spawner, Target, wait_until
-from tests.kernel.driving import PAGE
+from tests.kernel.driving import MIB, PAGE
+from tests.kernel.test_replay import learn
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
 HEAP_MIB: Final = 2
 HEAP_PAGES: Final = HEAP_MIB * 256
 LATE_MS: Final = 1000
+GUARDS: Final = 40
+LARGE_MIB: Final = 8
+"""A heap that has a working set."""
 RESUME_PAGES: Final = 32
 TOGETHER_MS: Final = 500
 """So long the reader is kept, for two faults to be there at once: the second one is another thread's to answer."""
@@ -147,3 +152,38 @@ def test_program_that_executes_another_while_it_is_attached_leaves_no_session(pl
         daemon.snapd("attach", steps.pid)
         assert daemon.dump(steps.pid).moved_bytes
         assert steps.ask("look")["right"] == HEAP_PAGES
+
+
+def test_a_child_has_none_of_what_the_mover_mapped(plan: Plan, daemon: Daemon) -> None:
+    """Neither a staging nor an aside: both are there while the dump waits."""
+    with Spawner(daemon) as spawn:
+        steps = spawn("steps", "--mib", HEAP_MIB)
+        plan.arm(Step("PACK_READ", Action.DELAY, LATE_MS))
+        dump = threading.Thread(target=daemon.dump, args=(steps.pid,), name="dump")
+        dump.start()
+        wait_until(lambda: plan.passes("PACK_READ"), "a staging and an aside", 30)
+        child = steps.ask("orphan")["child"]
+        more = private_bytes(steps.pid) - private_bytes(child)
+        dump.join(30)
+        assert not dump.is_alive()
+        print(more / MIB)
+        assert more >= 2 * HEAP_MIB * MIB
+
+
+def private_bytes(pid: int) -> int:
+    """Return how much address space a process has that is not backed by a file."""
+    return sum(mapping.end - mapping.start for mapping in procfs.maps(pid) if not mapping.inode)
+
+
+def test_a_successor_replays_nothing_before_it_can_look_for_guards(plan: Plan, daemon: Daemon) -> None:
+    with Spawner(daemon) as spawn:
+        steps = spawn("steps", "--mib", LARGE_MIB)
+        learn(daemon, steps, range(LARGE_MIB * 256))
+        daemon.allow("the daemon has died")
+        plan.arm(Step("RESUMED", Action.DELAY, 2 * LATE_MS))
+        daemon.kill()
+        # It looks at every page right after, and the successor's reader takes that for a resume.
+        assert steps.ask("fence", GUARDS, 1)["guards"] == GUARDS
+        assert plan.happened == 1
+        daemon.wait_for_successor()
+        assert steps.ask("look")["guards"] == GUARDS
