@@ -35,13 +35,10 @@ LANES: Final = (
     (
         "tests/kernel/test_attach.py",
         "tests/kernel/test_bad_input.py",
-        "tests/kernel/test_churn.py",
         "tests/kernel/test_events.py",
         "tests/kernel/test_limits.py",
         "tests/kernel/test_lost_asides.py",
         "tests/kernel/test_members.py",
-        "tests/kernel/test_pins.py",
-        "tests/kernel/test_redis.py",
     ),
 )
 """What runs beside what, each about as long."""
