@@ -204,6 +204,8 @@ int sn_store_compact(struct sn_store *store, struct sn_session **sessions, int n
 	int error = 0;
 
 	*ret_bytes = 0;
+	if (atomic_load(&store->distrusted)) /* what is on such a disk is safer where it is */
+		return 0;
 	choose(&work);
 	if (!work.nvictims)
 		return 0;

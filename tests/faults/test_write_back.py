@@ -32,6 +32,12 @@ def test_what_the_disk_refused_after_a_dump_stays_in_the_page_cache(tmp_path: Pa
         with pytest.raises(StoreFailed):
             daemon.dump(hold.pid)
         assert cached_bytes(store) > stored * 7 // 8
+        for page in range(0, SMALL_MIB * 256, 4):  # most of each segment is given up, and no segment as a whole
+            hold.ask("drop", page, 3)
+        hold.ask("write", 100, 2)
+        with pytest.raises(StoreFailed):
+            daemon.dump(hold.pid)
+        assert plan.passes("COMPACT_WRITTEN") == 0
         hold.ask("sum")
         hold.quit()
 

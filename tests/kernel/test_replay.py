@@ -14,6 +14,7 @@ import pytest
 from tests.faults.test_strangers import Iovec
 from tests.harness import Daemon, Spawner, Target, wait_until
 from tests.kernel.driving import PAGE
+from tests.peers import lacking
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -173,7 +174,7 @@ def test_a_replay_leaves_guards_alone_that_nobody_heard_of(daemon: Daemon, spawn
     steps = spawn("steps", "--mib", HEAP_MIB)
     learn(daemon, steps, range(HEAP_PAGES))
     if steps.ask("fence", 40, 1).get("unsupported"):
-        pytest.skip("the kernel has no MADV_GUARD_INSTALL")
+        lacking("the kernel has no MADV_GUARD_INSTALL")
     touch(steps, range(0, HEAP_PAGES, HEAP_PAGES // RESUMES))
     wait_until(lambda: totals(daemon).replayed, "a replay", 30)
     assert steps.ask("look")["guards"] == 40
