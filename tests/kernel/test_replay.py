@@ -9,8 +9,7 @@ import struct
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pytest
-
+from tests import groups
 from tests.faults.test_strangers import Iovec
 from tests.harness import Daemon, Spawner, Target, wait_until
 from tests.kernel.driving import PAGE
@@ -89,38 +88,12 @@ def write_to_page_maps(daemon: Daemon, data: bytes) -> None:
 @contextlib.contextmanager
 def limited(pid: int, more_bytes: int) -> Iterator[None]:
     """Keep a process in a control group of its own, which may take so much more than it has."""
-    old = Path("/sys/fs/cgroup/memory")
-    root, limit = (old, "memory.limit_in_bytes") if old.exists() else (Path("/sys/fs/cgroup"), "memory.max")
-    before = membership(pid, root == old)
-    group = root / f"snapd-test-{pid}"
-    try:
-        group.mkdir()
-    except OSError as error:
-        pytest.skip(f"no control groups for memory: {error}")
-    try:
+    with groups.made(pid, more_bytes) as group:
+        back = group.take_in(pid)  # what it had before stays charged where it was
         try:
-            (group / "cgroup.procs").write_text(str(pid))
-            (group / limit).write_text(str(more_bytes))  # what it had before stays charged where it was
-        except OSError as error:
-            pytest.skip(f"no control groups for memory: {error}")
-        yield
-    finally:
-        (root / before / "cgroup.procs").write_text(str(pid))
-        wait_until(lambda: removed(group), "an empty control group", 10)
-
-
-def membership(pid: int, is_old: bool) -> str:
-    """Return the control group of a process, as a path below the root."""
-    mark = ":memory:" if is_old else "0::"
-    (line,) = (one for one in Path(f"/proc/{pid}/cgroup").read_text().splitlines() if mark in one)
-    return line.split(mark, 1)[1].lstrip("/")
-
-
-def removed(group: Path) -> bool:
-    """Try to remove a control group."""
-    with contextlib.suppress(OSError):
-        group.rmdir()
-    return not group.exists()
+            yield
+        finally:
+            back()
 
 
 def test_what_was_wanted_after_the_last_dump_comes_back_first(daemon: Daemon, spawn: Spawner) -> None:
