@@ -17,11 +17,14 @@ int cpus(void)
 
 int sn_init(const struct sn_codec *codec, int npackers)
 {
-	int fd;
+	int fd, error;
 
 	frame_use_codec(codec);
 	fd = sn_notice_fd();
-	return fd < 0 ? fd : pack_start(npackers);
+	if (fd < 0)
+		return fd;
+	error = awake_start();
+	return error ? error : pack_start(npackers);
 }
 
 void sn_page_map_trim(struct sn_session *session)

@@ -508,6 +508,8 @@ struct spin {
 	unsigned int misses, hits;
 	unsigned int debt;  /* faults that must come soon before it spins again */
 	unsigned int price; /* the next debt */
+	uint64_t filled_ns; /* the last time */
+	unsigned int burst; /* faults that came soon after the one before */
 	uint64_t looked_ns; /* when crowded was found */
 	bool crowded;
 };
@@ -516,6 +518,11 @@ void spin_init(struct spin *spin);
 /* Looks at descriptors for a moment; true when one is ready, false at once where it does not pay. */
 bool spin_for(struct spin *spin, struct pollfd *fds, unsigned int nfds);
 void spin_slept(struct spin *spin, uint64_t ns); /* until the next fault */
+void spin_filled(struct spin *spin);
+
+/* awake.c */
+int awake_start(void);
+void awake_for(uint64_t ns);
 
 /* prefetch.c */
 struct prefetch;

@@ -15,6 +15,7 @@
 #include <sys/time.h>
 #include <unistd.h>
 
+#define AWAKE_NS 2000000ULL /* what nearly all stops take */
 #define COMMAND_NS 10000000000ULL
 #define HURRY_NS 2000000000ULL
 #define STANDING_NS 20000000ULL /* nothing was moved yet: no reason to let the program stand for longer */
@@ -124,6 +125,7 @@ void mover_detach(struct sn_session *session)
 void mover_pause(struct sn_session *session)
 {
 	pack_pause();
+	awake_for(AWAKE_NS);
 	session->pausing = true;
 }
 

@@ -388,6 +388,8 @@ void *reader_main(void *arg)
 		if (fds[0].revents)
 			drain(session, pending);
 		filled = pending->n > 0;
+		if (filled)
+			spin_filled(&spin);
 		next = serve(session, &filler, prefetch, pending);
 		ahead = prefetch_step(prefetch);
 	}

@@ -16,6 +16,8 @@
 #define SOON 4                /* a sleep of so many limits would have been a hit: the wake-ups are in it */
 #define MOST_DEBT 4096        /* faults that must come soon before the next try */
 #define HITS_TO_FORGIVE 32    /* in a row; they halve what the next misses cost */
+#define BURST_NS 1000000ULL    /* faults that follow one another sooner are a burst, */
+#define BURST_FAULTS 4         /* when there are so many */
 #define CROWD_NS 2000000ULL   /* how long a look at the machine's load is good for */
 
 static _Atomic uint64_t limit_ns;
@@ -67,6 +69,17 @@ static void note_hit(struct spin *spin)
 		return;
 	spin->hits = 0;
 	spin->price = spin->price > 1 ? spin->price / 2 : 1;
+}
+
+/* Faults that come soon after one another: the program's CPU and ours stay awake between them. */
+void spin_filled(struct spin *spin)
+{
+	uint64_t now = now_ns();
+
+	spin->burst = now - spin->filled_ns < BURST_NS ? spin->burst + 1 : 0;
+	if (spin->burst >= BURST_FAULTS && atomic_load(&limit_ns))
+		awake_for(BURST_NS);
+	spin->filled_ns = now;
 }
 
 bool spin_for(struct spin *spin, struct pollfd *fds, unsigned int nfds)
