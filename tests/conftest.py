@@ -37,7 +37,13 @@ def module_daemon() -> Iterator[Callable[[], Daemon]]:
 
 
 @pytest.fixture
-def daemon(request: pytest.FixtureRequest) -> Iterator[Daemon]:
+def daemon_environment() -> dict[str, str]:
+    """Return what the test's own daemon has in its environment beside what the tests have."""
+    return {}
+
+
+@pytest.fixture
+def daemon(request: pytest.FixtureRequest, daemon_environment: dict[str, str]) -> Iterator[Daemon]:
     """Yield a running daemon; it must have logged no unexpected warning, and must end well.
 
     It is the test's own, unless the test is marked `shares_daemon`: starting one takes longer than most tests need it.
@@ -50,7 +56,7 @@ def daemon(request: pytest.FixtureRequest) -> Iterator[Daemon]:
             finally:
                 print(log())
         return
-    with Daemon() as one:
+    with Daemon(env=daemon_environment) as one:
         try:
             yield one
         finally:

@@ -24,6 +24,8 @@ enum fault_point {
 	FP_SETTLING = 13, /* before each entry */
 	FP_SETTLED = 14,  /* the table says where pages are, the phase does not */
 	FP_LETTING_GO = 15,
+	FP_CHOSEN = 16,	      /* a piece is made, and nothing stands */
+	FP_THREAD_FOUND = 17, /* before each of a stop; short: it is not listed yet */
 	/* store and drop */
 	FP_PACK_READ = 20,
 	FP_FRAMES_WRITE = 21, /* errors, and a short write */

@@ -67,6 +67,7 @@ struct sn_piece *sn_piece_create(struct sn_session *session, const uint64_t *int
 		sn_piece_free(piece);
 		return NULL;
 	}
+	FAULT_POINT(FP_CHOSEN);
 	return piece;
 }
 

@@ -349,6 +349,14 @@ static int return_run(struct sn_session *session, struct part *part, uint64_t pa
 	return error == -EPIPE ? error : 0;
 }
 
+/* Of a page that was found once and is nowhere: whoever wants it gets SIGBUS, and the log says why. */
+static void tell_of_loss(struct sn_session *session, uint64_t address)
+{
+	COUNT(session, bad_pages);
+	notify(&(struct sn_notice){.kind = SN_NOTICE_BAD_FRAME, .session = session->id, .address = address,
+				   .cause = FRAME_LOST_ASIDE});
+}
+
 static uint64_t settled(uint64_t entry, enum verdict verdict)
 {
 	switch (verdict) {
@@ -435,10 +443,13 @@ static void settle(struct sn_session *session, const struct parts *parts, bool s
 			if (verdict == SETTLED)
 				continue;
 			FAULT_POINT(FP_CUT_SETTLING);
-			if (stands || !takes_a_stop(entry, verdict))
+			if (stands || !takes_a_stop(entry, verdict)) {
 				entry_put(session, part->first + k, settled(entry, verdict));
-			else
+				if (verdict == NOWHERE && ENTRY_STATE(entry) == ST_ASIDE)
+					tell_of_loss(session, part->start + k * PAGE);
+			} else {
 				all = false;
+			}
 		}
 	}
 	if (all)

@@ -176,6 +176,8 @@ static int seize_new(struct stop *stop, int tasks, const int skip[2])
 				continue;
 			if (stop->nthreads == MAX_THREADS)
 				return -E2BIG;
+			if (FAULT_ERROR(FP_THREAD_FOUND))
+				continue;
 			error = seize(stop, tid);
 			if (error == ESRCH || (error == EPERM && task_may_be_left(stop->pid, tid)))
 				continue;

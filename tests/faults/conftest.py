@@ -1,10 +1,12 @@
-"""What the tests of deaths share: their marks, and that they are on the real kernel."""
+"""What the tests of deaths share: their marks, the real kernel, and a daemon that does as a plan says."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.faults.plan import Plan
 from tests.kernel.driving import Figures
 from tests.peers import lacking
 
@@ -41,3 +43,20 @@ def figures(request: pytest.FixtureRequest) -> Figures:
     """Return what notes figures for the end of the run's output."""
     lines = request.config.stash.setdefault(_FIGURES, [])
     return Figures(request.node.name, lines.append)
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Iterator[Plan]:
+    """Yield a plan of the test's own; the daemon of such a test does as it says, and waits no more once it is over."""
+    with Plan(tmp_path / "plan") as one:
+        yield one
+        one.disarm()
+
+
+@pytest.fixture
+def daemon_environment(request: pytest.FixtureRequest) -> dict[str, str]:
+    """Return what makes the daemon of a test with a plan one that has fault points."""
+    if "plan" not in request.fixturenames:
+        return {}
+    plan: Plan = request.getfixturevalue("plan")
+    return plan.environment()

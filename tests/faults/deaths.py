@@ -23,6 +23,7 @@ from typing import Final, Self
 from snapd.engine import keeper
 from snapd.errors import SnapdError
 from tests.harness import Daemon, HarnessError, Target, wait_until
+from tests.kernel.driving import PAGE
 
 SUCCESSOR_S: Final = 60.0
 JUST_AFTER_NS: Final = 50_000_000
@@ -132,8 +133,21 @@ class PageMap:
 
     def asides(self) -> list[tuple[int, int]]:
         """Return address and pages of each aside that a stop has made and that was not dropped."""
-        intents = _INTENT.iter_unpack(os.pread(self._fd, MAX_INTENTS * _INTENT.size, INTENTS_AT))
-        return [(aside, npages) for _, _, npages, aside, _ in intents if aside]
+        return [(aside, npages) for _, _, npages, aside, _ in self._intents() if aside]
+
+    def stagings(self) -> list[int]:
+        """Return where the stagings are of what a stop has moved."""
+        return [staging for _, _, _, aside, staging in self._intents() if aside]
+
+    def staging_of(self, address: int) -> int:
+        """Return where in a staging a page is, or is to be, that a stop has moved."""
+        for _, start, npages, aside, staging in self._intents():
+            if aside and start <= address < start + npages * PAGE:
+                return staging + address - start
+        raise HarnessError(f"{address:#x} is in no piece")
+
+    def _intents(self) -> Iterator[tuple[int, ...]]:
+        return _INTENT.iter_unpack(os.pread(self._fd, MAX_INTENTS * _INTENT.size, INTENTS_AT))
 
     def wait_for(self, phases: Collection[str], timeout_s: float = 20) -> None:
         """Spin until a span is in one of these phases: sleeping would miss it."""

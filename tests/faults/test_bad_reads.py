@@ -2,47 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import threading
 from typing import TYPE_CHECKING, Final
 
 import pytest
 
+from snapd.errors import SnapdError
+from tests.faults.deaths import PageMap, allow_deaths
+from tests.faults.held import LONG_MS
 from tests.faults.plan import Action, Plan, Step, fails
 from tests.harness import Daemon, Spawner, Target, wait_until
+from tests.kernel.driving import PAGE
+from tests.peers import lacking
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 HEAP_MIB: Final = 2
 HEAP_PAGES: Final = HEAP_MIB * 256
 TRIES: Final = 10
 """So often what a disk does not give is asked for again."""
 ASIDE_MS: Final = 1000
+LOST: Final = 5
 
 
 @pytest.fixture
-def plan(tmp_path: Path) -> Iterator[Plan]:
-    """Yield a plan of the test's own."""
-    with Plan(tmp_path / "plan") as one:
-        yield one
-
-
-@pytest.fixture
-def daemon(plan: Plan) -> Iterator[Daemon]:
-    """Yield a daemon that does as the plan says."""
-    with Daemon(env=plan.environment()) as one:
-        yield one
-
-
-@pytest.fixture
-def steps(daemon: Daemon) -> Iterator[Target]:
+def steps(spawn: Spawner) -> Iterator[Target]:
     """Yield a program that survives the loss of a page."""
-    with Spawner(daemon) as spawn:
-        one = spawn("steps", "--mib", HEAP_MIB)
-        yield one
-        one.quit()
+    one = spawn("steps", "--mib", HEAP_MIB)
+    yield one
+    one.quit()
 
 
 def look(steps: Target) -> tuple[int, int]:
@@ -94,3 +85,26 @@ def test_what_is_aside_and_cannot_be_read_for_a_while_costs_time_alone(
     assert not dump.is_alive()
     assert plan.happened == 2
     assert daemon.status().totals.bad_pages == 0
+
+
+def test_pages_of_a_cut_stop_that_are_found_nowhere_are_lost_and_never_zeros(
+    plan: Plan, daemon: Daemon, steps: Target
+) -> None:
+    """The stop had found them, and its daemon died before it had said so: what takes them away then is no discard."""
+    allow_deaths(daemon)
+    daemon.allow("is lost")
+    daemon.expect_successors()
+    heap, page_map = int(steps.ask("where")["address"]), PageMap(steps.pid)
+    plan.arm(Step("SETTLED"), Step("RESUMED", Action.DELAY, LONG_MS))
+    with contextlib.suppress(SnapdError, OSError):
+        daemon.dump(steps.pid)
+    plan.wait()
+    staging = page_map.staging_of(heap + HEAP_PAGES // 2 * PAGE)
+    page_map.close()
+    if steps.ask("lose", staging, LOST).get("unsupported"):
+        lacking("the kernel has no MADV_GUARD_INSTALL")
+    plan.disarm()
+    assert look(steps) == (HEAP_PAGES - LOST, LOST)
+    daemon.wait_for_successor()
+    assert daemon.status().totals.bad_pages == LOST
+    wait_until(lambda: daemon.log().count("is lost") == LOST, "what the daemon says of them")

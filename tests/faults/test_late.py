@@ -6,6 +6,8 @@ Who fills looks again, and leaves the page; who drops waits; who hears of a sess
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -13,6 +15,8 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from snapd.daemon import procfs
+from snapd.errors import TargetGone
+from tests.faults.held import held_dump
 from tests.faults.plan import Action, Plan, Step
 from tests.faults.test_strangers import read
 from tests.harness import Daemon, Spawner, Target, wait_until
@@ -43,27 +47,12 @@ def threads(pid: int, name: str) -> int:
 
 
 @pytest.fixture
-def plan(tmp_path: Path) -> Iterator[Plan]:
-    """Yield a plan of the test's own."""
-    with Plan(tmp_path / "plan") as one:
-        yield one
-
-
-@pytest.fixture
-def daemon(plan: Plan) -> Iterator[Daemon]:
-    """Yield a daemon that does as the plan says."""
-    with Daemon(env=plan.environment()) as one:
-        yield one
-
-
-@pytest.fixture
-def hold(daemon: Daemon) -> Iterator[Target]:
+def hold(daemon: Daemon, spawn: Spawner) -> Iterator[Target]:
     """Yield a program whose heap is out."""
-    with Spawner(daemon) as spawn:
-        one = spawn("hold", "--mib", HEAP_MIB)
-        daemon.dump(one.pid)
-        yield one
-        one.quit()
+    one = spawn("hold", "--mib", HEAP_MIB)
+    daemon.dump(one.pid)
+    yield one
+    one.quit()
 
 
 def test_a_restore_looks_again_before_it_copies(plan: Plan, daemon: Daemon, hold: Target) -> None:
@@ -129,6 +118,20 @@ def test_a_staging_waits_for_the_copies_of_a_child(plan: Plan, daemon: Daemon, h
     hold.ask("sum")
 
 
+def test_child_of_a_parent_that_is_killed_has_what_was_aside(plan: Plan, daemon: Daemon, spawn: Spawner) -> None:
+    """The parent's memory stays until the child has its copies, which come late."""
+    steps = spawn("steps", "--mib", HEAP_MIB)
+    with held_dump(plan, daemon, steps.pid, "PACK_READ", also="CHILD_COPYING") as dump:
+        child = steps.ask("orphan")["child"]
+        plan.wait()
+        os.kill(steps.pid, signal.SIGKILL)
+        assert steps.wait() == -signal.SIGKILL
+    assert isinstance(dump.exception(), TargetGone)
+    seen = steps.receive()
+    assert (seen["right"], seen["lost"]) == (HEAP_PAGES, 0)
+    wait_until(lambda: not daemon.session(child), "the end of the child's session")
+
+
 def test_child_whose_end_is_told_before_its_birth_leaves_no_session(plan: Plan, daemon: Daemon, hold: Target) -> None:
     plan.arm(Step("UNTOLD", Action.DELAY, LATE_MS))
     hold.ask("fork", 0, 1)  # what its parent touches then waits for the reader that has not told
@@ -137,37 +140,37 @@ def test_child_whose_end_is_told_before_its_birth_leaves_no_session(plan: Plan, 
     wait_until(lambda: len(daemon.status().sessions) == 1, "the end of the child's session", 30)
 
 
-def test_program_that_executes_another_while_it_is_attached_leaves_no_session(plan: Plan, daemon: Daemon) -> None:
-    with Spawner() as spawn:
-        steps = spawn("steps", "--mib", HEAP_MIB)
-        plan.arm(Step("UNTOLD", Action.DELAY, LATE_MS))
-        attach = threading.Thread(target=daemon.snapd, args=("attach", steps.pid), name="attach")
-        attach.start()
-        wait_until(lambda: plan.passes("UNTOLD"), "a session", 30)
-        steps.send("exec")
-        steps.ready()
-        attach.join(30)
-        assert plan.happened == 1
-        wait_until(lambda: not daemon.status().sessions, "the end of the session", 30)
-        daemon.snapd("attach", steps.pid)
-        assert daemon.dump(steps.pid).moved_bytes
-        assert steps.ask("look")["right"] == HEAP_PAGES
+def test_program_that_executes_another_while_it_is_attached_leaves_no_session(
+    plan: Plan, daemon: Daemon, spawn_alone: Spawner
+) -> None:
+    steps = spawn_alone("steps", "--mib", HEAP_MIB)
+    plan.arm(Step("UNTOLD", Action.DELAY, LATE_MS))
+    attach = threading.Thread(target=daemon.snapd, args=("attach", steps.pid), name="attach")
+    attach.start()
+    wait_until(lambda: plan.passes("UNTOLD"), "a session", 30)
+    steps.send("exec")
+    steps.ready()
+    attach.join(30)
+    assert plan.happened == 1
+    wait_until(lambda: not daemon.status().sessions, "the end of the session", 30)
+    daemon.snapd("attach", steps.pid)
+    assert daemon.dump(steps.pid).moved_bytes
+    assert steps.ask("look")["right"] == HEAP_PAGES
 
 
-def test_a_child_has_none_of_what_the_mover_mapped(plan: Plan, daemon: Daemon) -> None:
+def test_a_child_has_none_of_what_the_mover_mapped(plan: Plan, daemon: Daemon, spawn: Spawner) -> None:
     """Neither a staging nor an aside: both are there while the dump waits."""
-    with Spawner(daemon) as spawn:
-        steps = spawn("steps", "--mib", HEAP_MIB)
-        plan.arm(Step("PACK_READ", Action.DELAY, LATE_MS))
-        dump = threading.Thread(target=daemon.dump, args=(steps.pid,), name="dump")
-        dump.start()
-        wait_until(lambda: plan.passes("PACK_READ"), "a staging and an aside", 30)
-        child = steps.ask("orphan")["child"]
-        more = private_bytes(steps.pid) - private_bytes(child)
-        dump.join(30)
-        assert not dump.is_alive()
-        print(more / MIB)
-        assert more >= 2 * HEAP_MIB * MIB
+    steps = spawn("steps", "--mib", HEAP_MIB)
+    plan.arm(Step("PACK_READ", Action.DELAY, LATE_MS))
+    dump = threading.Thread(target=daemon.dump, args=(steps.pid,), name="dump")
+    dump.start()
+    wait_until(lambda: plan.passes("PACK_READ"), "a staging and an aside", 30)
+    child = steps.ask("orphan")["child"]
+    more = private_bytes(steps.pid) - private_bytes(child)
+    dump.join(30)
+    assert not dump.is_alive()
+    print(more / MIB)
+    assert more >= 2 * HEAP_MIB * MIB
 
 
 def private_bytes(pid: int) -> int:
@@ -175,15 +178,14 @@ def private_bytes(pid: int) -> int:
     return sum(mapping.end - mapping.start for mapping in procfs.maps(pid) if not mapping.inode)
 
 
-def test_a_successor_replays_nothing_before_it_can_look_for_guards(plan: Plan, daemon: Daemon) -> None:
-    with Spawner(daemon) as spawn:
-        steps = spawn("steps", "--mib", LARGE_MIB)
-        learn(daemon, steps, range(LARGE_MIB * 256))
-        daemon.allow("the daemon has died")
-        plan.arm(Step("RESUMED", Action.DELAY, 2 * LATE_MS))
-        daemon.kill()
-        # It looks at every page right after, and the successor's reader takes that for a resume.
-        assert steps.ask("fence", GUARDS, 1)["guards"] == GUARDS
-        assert plan.happened == 1
-        daemon.wait_for_successor()
-        assert steps.ask("look")["guards"] == GUARDS
+def test_a_successor_replays_nothing_before_it_can_look_for_guards(plan: Plan, daemon: Daemon, spawn: Spawner) -> None:
+    steps = spawn("steps", "--mib", LARGE_MIB)
+    learn(daemon, steps, range(LARGE_MIB * 256))
+    daemon.allow("the daemon has died")
+    plan.arm(Step("RESUMED", Action.DELAY, 2 * LATE_MS))
+    daemon.kill()
+    # It looks at every page right after, and the successor's reader takes that for a resume.
+    assert steps.ask("fence", GUARDS, 1)["guards"] == GUARDS
+    assert plan.happened == 1
+    daemon.wait_for_successor()
+    assert steps.ask("look")["guards"] == GUARDS

@@ -114,13 +114,6 @@ def _scenes_end() -> Iterator[None]:
 
 
 @pytest.fixture
-def plan(tmp_path: Path) -> Iterator[Plan]:
-    """Yield a plan of the test's own."""
-    with Plan(tmp_path / "plan") as one:
-        yield one
-
-
-@pytest.fixture
 def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     """Yield the scene of the test before, or a new one where that has failed."""
     if not _scenes:

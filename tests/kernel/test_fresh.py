@@ -11,6 +11,7 @@ from tests.kernel.driving import MIB, out_bytes
 HEAP_MIB = 32
 HEAP_PAGES = HEAP_MIB * 256
 SWEPT = 4096
+GROWTH_MIB = 16
 
 
 @pytest.fixture
@@ -31,6 +32,15 @@ def zero_fills(daemon: Daemon) -> int:
 def test_sweep_through_fresh_memory_takes_a_fault_for_many_pages(steps: Target, daemon: Daemon) -> None:
     before = zero_fills(daemon)
     assert steps.ask("sweep", 1000, SWEPT, 0)["right"] == HEAP_PAGES
+    assert zero_fills(daemon) - before < SWEPT / 64
+
+
+def test_sweep_through_what_a_mapping_has_grown_by_takes_a_fault_for_many_pages(steps: Target, daemon: Daemon) -> None:
+    """It has grown in place, and no event has said so."""
+    steps.ask("shrink", GROWTH_MIB)
+    assert not steps.ask("grow", GROWTH_MIB)["moved"]
+    before = zero_fills(daemon)
+    assert steps.ask("sweep", HEAP_PAGES - SWEPT, SWEPT, 0)["right"] == HEAP_PAGES
     assert zero_fills(daemon) - before < SWEPT / 64
 
 

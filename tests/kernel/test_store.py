@@ -10,6 +10,7 @@ from snapd.pages import PAGE
 from snapd.store.reader import Frame, StoreReader
 from tests.harness import Daemon, Spawner, Target
 from tests.kernel.driving import MIB, out_bytes, stores_of
+from tests.kernel.test_replay import touch
 
 HEAP_MIB = 32
 HEAP_PAGES = HEAP_MIB * 256
@@ -156,6 +157,19 @@ def test_pages_that_were_only_read_since_are_clean_and_not_stored_again(daemon: 
         assert again.clean_bytes > 0.98 * HEAP_BYTES
         assert again.moved_bytes - again.clean_bytes < OTHER_BYTES
         assert store.stat().st_size - size < OTHER_BYTES
+    hold.ask("sum")
+    hold.quit()
+
+
+def test_pages_that_were_wanted_one_by_one_are_clean_too(daemon: Daemon, spawn: Spawner) -> None:
+    """From the end, so that each is a fill of its own."""
+    hold = spawn("hold", "--mib", HEAP_MIB)
+    daemon.dump(hold.pid)
+    wanted = range(HEAP_PAGES - 1, 0, -16)
+    touch(hold, wanted)
+    report = daemon.dump(hold.pid)
+    assert report.clean_bytes >= len(wanted) * PAGE
+    assert report.moved_bytes - report.clean_bytes < OTHER_BYTES
     hold.ask("sum")
     hold.quit()
 

@@ -11,6 +11,9 @@
  *   bury             joins that thread; the mutex must be had with EOWNERDEAD; "owner_dead" says so
  *   leave            starts a thread that waits and then ends without a touch of its own memory, when told to by:
  *   left             tells it, and joins it within 10 s; "joined" says so
+ *   bare             the same with a thread that libc does not know: it has no robust list, its TLS is in the heap, and
+ *                    its tid word in that; "tid" says which it is
+ *   bared            tells it, and waits for its end; "cleared" says whether the kernel has cleared its tid word
  *   cycle N          N times: a thread is started, which verifies that its TLS is as new, and joined
  *   sum              verifies every page of the heap
  *   quit             as does the end of input */
@@ -18,6 +21,7 @@
 #include <getopt.h>
 #include <limits.h>
 #include <pthread.h>
+#include <sched.h>
 #include <semaphore.h>
 #include <stdatomic.h>
 #include <sys/syscall.h>
@@ -190,12 +194,17 @@ static void *leave_at_once(void *argument)
     return NULL;
 }
 
-static void do_leave(void)
+static void open_leave_pipe(void)
 {
     if (!leave_pipe)
         leave_pipe = shared_alloc(PAGE);
     if (pipe(leave_pipe) == -1)
         fail_errno("pipe");
+}
+
+static void do_leave(void)
+{
+    open_leave_pipe();
     pthread_attr_t attributes;
     pthread_attr_init(&attributes);
     struct worker *worker = dead_owner;
@@ -217,6 +226,43 @@ static void do_left(void)
     until.tv_sec += 10;
     int error = pthread_timedjoin_np(dead_owner->thread, NULL, &until);
     reply("\"joined\":%s", error == 0 ? "true" : "false");
+}
+
+/* Not in the heap: what the kernel wants of this thread there is its tid word alone. */
+static char bare_stack[64 * 1024] __attribute__((aligned(16)));
+static pid_t bare_tid;
+
+static atomic_int *tid_word(void)
+{
+    return (atomic_int *)(room + (MAX_THREADS - 1) * STACK_BYTES);
+}
+
+static int leave_bare(void *argument)
+{
+    leave_at_once(argument);
+    return 0;
+}
+
+static void do_bare(void)
+{
+    int flags = CLONE_VM | CLONE_FS | CLONE_FILES | CLONE_SIGHAND | CLONE_THREAD | CLONE_SYSVSEM | CLONE_SETTLS |
+                CLONE_CHILD_SETTID | CLONE_CHILD_CLEARTID;
+    open_leave_pipe();
+    sem_init(&dead_owner->slept, 0, 0);
+    bare_tid = clone(leave_bare, bare_stack + sizeof bare_stack, flags, dead_owner, NULL, tid_word(), tid_word());
+    if (bare_tid == -1)
+        fail_errno("clone");
+    wait_for(&dead_owner->slept);
+    reply("\"tid\":%d", (int)bare_tid);
+}
+
+static void do_bared(void)
+{
+    if (write(leave_pipe[1], "x", 1) != 1)
+        fail_errno("write");
+    while (syscall(SYS_tgkill, getpid(), bare_tid, 0) == 0)
+        sleep_ns(NS_PER_MS);
+    reply("\"cleared\":%s", atomic_load(tid_word()) == 0 ? "true" : "false");
 }
 
 static void do_cycle(uint64_t count)
@@ -290,6 +336,10 @@ int main(int argc, char **argv)
             do_leave();
         } else if (strcmp(name, "left") == 0) {
             do_left();
+        } else if (strcmp(name, "bare") == 0) {
+            do_bare();
+        } else if (strcmp(name, "bared") == 0) {
+            do_bared();
         } else if (strcmp(name, "cycle") == 0) {
             do_cycle(command.argument[0]);
         } else if (strcmp(name, "sum") == 0) {

@@ -13,6 +13,7 @@
  *   hole FIRST N     munmap of pages, then a fresh mapping in the hole; over FIRST N: MAP_FIXED over them
  *   guard N SEED     discards N random pages and installs guards there; unguard removes all, fresh pages come back;
  *                    fence N SEED: guards straight over N random pages, of which nothing is heard
+ *   lose ADDRESS N   takes N pages away wherever they are, of which nothing is heard
  *   sweep FIRST N EVERY   discards pages, puts guards on each EVERYth of them (none for 0), of which nothing is heard,
  *                    and writes the others in order, as a program that allocates: each was zero
  *   protect ON       makes the lower half PROT_READ, and verifies that a write there raises SIGSEGV; or undoes it
@@ -275,6 +276,15 @@ static void do_sweep(size_t first, size_t npages, size_t every)
     reply_look("a sweep");
 }
 
+static void do_lose(uint64_t address, size_t npages)
+{
+    void *at = (void *)(uintptr_t)address;
+    if (madvise(at, npages * PAGE, GUARD_INSTALL) == -1 || madvise(at, npages * PAGE, GUARD_REMOVE) == -1)
+        reply("\"unsupported\":true");
+    else
+        reply("\"pages\":%zu", npages);
+}
+
 static void do_unguard(void)
 {
     for (size_t page = 0; page < heap.npages; page++)
@@ -485,6 +495,8 @@ static void run_command(const struct command *command)
         do_guard(first, &rng, strcmp(name, "guard") == 0);
     else if (strcmp(name, "sweep") == 0)
         do_sweep(first, second, command->argument[2]);
+    else if (strcmp(name, "lose") == 0)
+        do_lose(first, second);
     else if (strcmp(name, "unguard") == 0)
         do_unguard();
     else if (strcmp(name, "protect") == 0)
