@@ -323,6 +323,7 @@ struct sn_session {
 	bool mover_owes;  /* a command was given up on: until its reply is here there is no next one */
 	bool mover_ended; /* there is nobody to send one to */
 	bool pausing;     /* packing pauses for this session */
+	atomic_int reading; /* packers that are inside a read of its memory */
 	atomic_bool hurry; /* the daemon ends: nobody is waited for as long as usual */
 	pthread_rwlock_t lock;
 	bool in_stop; /* all but the agent stands: events are our own */
@@ -608,6 +609,7 @@ void lift_end(void);
 int pack_start(int nthreads);
 void pack_pause(void); /* while a target stands; pauses nest */
 void pack_continue(void);
+void pack_wait(struct sn_session *session);
 
 /* piece.c, move.c */
 #define MAX_SEGMENTS_OF_PIECE 4096

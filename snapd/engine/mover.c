@@ -125,6 +125,7 @@ void mover_detach(struct sn_session *session)
 void mover_pause(struct sn_session *session)
 {
 	pack_pause();
+	pack_wait(session);
 	awake_for(AWAKE_NS);
 	session->pausing = true;
 }

@@ -19,6 +19,7 @@
 #define MAX_JOBS 65536
 #define MAX_PACKERS 64
 #define READ_TRIES 20
+#define READING_NS 5000000ULL /* a stop waits so long for a read that was begun */
 
 _Static_assert(BATCH_PAGES * FRAME_MAX <= SEGMENT_BYTES, "a batch fits a segment");
 
@@ -56,6 +57,16 @@ void pack_continue(void)
 		syscall(SYS_futex, &stops, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
 }
 
+/* A packer that loses its CPU while it reads keeps the lock of the target's memory, which the mover and the kernel's
+ * look want in the stop: what it has begun ends before the target stands. */
+void pack_wait(struct sn_session *session)
+{
+	const struct timespec pause = {.tv_nsec = 100000};
+
+	for (uint64_t until = now_ns() + READING_NS; atomic_load(&session->reading) && now_ns() < until;)
+		nanosleep(&pause, NULL);
+}
+
 static void make_room(void)
 {
 	const struct timespec limit = {.tv_nsec = 20000000}; /* a target that does not let go holds nobody else up */
@@ -63,6 +74,18 @@ static void make_room(void)
 
 	if (n)
 		syscall(SYS_futex, &stops, FUTEX_WAIT_PRIVATE, n, &limit, NULL, 0);
+}
+
+/* Not while a target stands; when one does not let go, all the same. */
+static void begin_reading(struct sn_session *session)
+{
+	make_room();
+	atomic_fetch_add(&session->reading, 1);
+	if (__atomic_load_n(&stops, __ATOMIC_SEQ_CST)) { /* it may not have seen us */
+		atomic_fetch_sub(&session->reading, 1);
+		make_room();
+		atomic_fetch_add(&session->reading, 1);
+	}
 }
 
 static bool is_zero(const unsigned char *page)
@@ -159,7 +182,9 @@ static int read_batch(const struct job *job, struct batch *batch)
 
 		for (upto = i + 1; upto < batch->n && batch->page[upto] == batch->page[upto - 1] + 1; upto++)
 			;
+		begin_reading(session);
 		n = memory_read(session, from, to, (uint64_t)(upto - i) * PAGE);
+		atomic_fetch_sub(&session->reading, 1);
 		if (n < (long)PAGE)
 			error = n == -ESRCH ? -ESRCH : read_hard_page(session, from, to);
 		upto = i + (int)max_u64(n > 0 ? (uint64_t)n / PAGE : 0, 1);
