@@ -356,6 +356,16 @@ class NotAttachable(SnapdError):
     exit_code = 61
 
 
+@dataclass(eq=False)
+class MemoryHidden(SnapdError):
+    """Process {pid} hides its memory from this daemon, and may have guard pages that would be overwritten: leave it
+    as it is, its pages are served; 'snapd detach {pid}' brings them back all the same.
+    """
+
+    pid: int
+    exit_code = 62
+
+
 # The three codes that env(1) uses.
 
 

@@ -316,7 +316,8 @@ class Manager:
         session = await self._reached(peer, pid)
         async with self._operation(session, State.RESTORING):
             try:
-                report = await self._in_thread(session, partial(session.restore, self._from_thread(progress)))
+                work = partial(session.restore, self._from_thread(progress), must=False)
+                report = await self._in_thread(session, work)
             finally:
                 await self._trim(session)
         self._nursery.start_soon(self._make_huge, session)

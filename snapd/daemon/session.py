@@ -25,6 +25,7 @@ from snapd.daemon import procfs
 from snapd.engine import Outcome
 from snapd.errors import (
     AgentSilent,
+    MemoryHidden,
     NotEnoughMemory,
     NotStopping,
     SessionBusy,
@@ -38,7 +39,7 @@ from snapd.protocol import agent
 from snapd.protocol.reports import DumpProgress, RestoreReport, SessionInfo, Totals
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
     from snapd.daemon.procfs import Mapping
 
@@ -49,6 +50,7 @@ RECOVERY_DELAY_S: Final = 0.005
 LONGEST_RECOVERY_DELAY_S: Final = 0.2
 WORTH_SAYING: Final = 50
 WHOLE_S: Final = 5.0
+GUARDS_S: Final = 2.0
 DROP_SLICE_BYTES: Final = 4 << 20
 DROP_BREATH_US: Final = 1500
 
@@ -233,23 +235,26 @@ class Session:
                     found.append(mapping)
         return found
 
-    def restore(self, progress: Callable[[DumpProgress], None]) -> RestoreReport:
+    def restore(self, progress: Callable[[DumpProgress], None], *, must: bool = True) -> RestoreReport:
         """Bring every page back and stop watching; for a worker thread.
 
-        Raises TargetGone, or NotEnoughMemory with what is still out and goes on being served.
+        Where the program's guard pages can't be looked for it waits a moment. Then it goes on without, and says so,
+        when something else depends on it; with `must` false it raises MemoryHidden. Raises TargetGone, or
+        NotEnoughMemory with what is still out and goes on being served.
         """
         began = time.monotonic()
         total = self.left_bytes()
         pages = 0
+        blind = self._wait_until_guards_are_seen(must=must)
         try:
             if not self.pid:  # a child that was not found yet: its pages come back, the watch ends with it
                 pages += self._restore_unnamed()
                 return RestoreReport(pid=0, restored_bytes=pages * PAGE, duration_s=time.monotonic() - began)
             for start, end in _slices(self.native.regions()):
-                pages += self.native.restore(start, end)
+                pages += self.native.restore(start, end, blind=blind)
                 progress(DumpProgress(self.pid, min(pages * PAGE, total), total))
-            pages += self.native.restore(*_EVERYWHERE)  # what moved meanwhile
-            self._release()
+            pages += self.native.restore(*_EVERYWHERE, blind=blind)  # what moved meanwhile
+            self._release(blind=blind)
         except OSError as error:
             raise self.meaning(error) from error
         if left := self.left_bytes():  # it goes on being served: who wants to leave must try again
@@ -266,13 +271,37 @@ class Session:
         else:
             log.debug("pid %d: %d MiB are huge pages again", self.pid, size >> 20)
 
+    def _wait_until_guards_are_seen(self, *, must: bool) -> bool:
+        """Return whether a restore has to do without a look for guard pages."""
+        end = time.monotonic() + GUARDS_S
+        while self.pid and self.left_bytes():
+            try:
+                self.native.restore(0, 0)
+            except OSError as error:
+                if error.errno != errno.EACCES:
+                    return False  # it will be met again
+            else:
+                return False
+            if time.monotonic() > end or self.gone.is_set():
+                if not must:
+                    raise MemoryHidden(self.pid)
+                log.warning("pid %d: its guard pages can't be looked for; what is out comes back over them", self.pid)
+                return True
+            time.sleep(RECOVERY_DELAY_S)
+        return not self.pid
+
     def _restore_unnamed(self) -> int:
         try:
-            return self.native.restore(*_EVERYWHERE)
+            return self.native.restore(*_EVERYWHERE, blind=True)
         except OSError as error:
             raise self.meaning(error) from error
 
-    def _release(self) -> None:
+    def _release(self, *, blind: bool) -> None:
+        if blind:  # what is watched can't be seen either: it is until the userfaultfd is closed
+            if not self.fork_events:
+                self.advise([Range.around(one.start, one.npages * PAGE) for one in self.native.regions()], MADV_DOFORK)
+                self.tell_fork_wait(on=False)
+            return
         # What a fork leaves out and we watch is what we made so: such mappings are never chosen by themselves.
         forbidden = [] if self.fork_events else self.watched_mappings()
         for attempt in range(3):
@@ -287,12 +316,12 @@ class Session:
             if not busy:
                 break
             if attempt < 2:
-                self.native.restore(*_EVERYWHERE)
+                self.native.restore(*_EVERYWHERE, blind=blind)
         if not self.fork_events:
             self.advise(forbidden, MADV_DOFORK)
             self.tell_fork_wait(on=False)
 
-    def advise(self, mappings: list[Mapping], advice: int) -> None:
+    def advise(self, mappings: Sequence[Mapping | Range], advice: int) -> None:
         """Have the agent give `advice` on whole mappings; a mapping that is gone is no error."""
         for first in range(0, len(mappings), agent.RUNS):
             runs = tuple((one.start, one.end - one.start) for one in mappings[first : first + agent.RUNS])

@@ -612,10 +612,13 @@ class Session:
         """A dump has ended: what comes back from now on is what the program wants when it resumes."""
         lib.sn_session_dumped(self.handle)
 
-    def restore(self, start: int, end: int) -> int:
-        """Bring all pages of [start, end) back; returns how many. OSError: ENOMEM no room, ESRCH gone."""
+    def restore(self, start: int, end: int, *, blind: bool = False) -> int:
+        """Bring all pages of [start, end) back; returns how many.
+
+        OSError: ENOMEM no room, ESRCH gone, EACCES guard pages can't be looked for; `blind`: then they are overwritten.
+        """
         pages = ffi.new("uint64_t *")
-        check(lib.sn_restore(self.handle, start, end, pages))
+        check(lib.sn_restore(self.handle, start, end, blind, pages))
         return int(pages[0])
 
     def collapse(self) -> int:

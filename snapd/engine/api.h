@@ -221,7 +221,7 @@ void sn_session_dumping(struct sn_session *session);
 void sn_session_dumped(struct sn_session *session);
 
 /* Brings [start, end) back into the target. ret_pages: pages filled. -ENOMEM when the target has no room. */
-int sn_restore(struct sn_session *session, uint64_t start, uint64_t end, uint64_t *ret_pages);
+int sn_restore(struct sn_session *session, uint64_t start, uint64_t end, int blind, uint64_t *ret_pages);
 /* Stops watching a whole mapping in which nothing is out. -EBUSY while something is. */
 int sn_release(struct sn_session *session, uint64_t start, uint64_t end);
 

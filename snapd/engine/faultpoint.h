@@ -44,6 +44,8 @@ enum fault_point {
 	FP_MEMORY_READ = 35, /* errors of what is aside */
 	FP_BULK_READ = 36,   /* errors, and a short read */
 	FP_REPLAY_DECODED = 37,
+	FP_MEM_OPEN = 38,     /* errors: a target's memory is denied */
+	FP_PAGEMAP_OPEN = 39, /* errors: and what the kernel says of it */
 	/* events */
 	FP_EVENT_READ = 40,
 	FP_EVENT_APPLIED = 41, /* and not taken out of the ring */

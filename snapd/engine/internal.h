@@ -434,7 +434,8 @@ long pagemap_scan(int fd, uint64_t start, uint64_t end, uint64_t anyof, uint64_t
 		  struct snapd_page_region *regions, uint64_t capacity, uint64_t *ret_end);
 
 /* memory.c */
-int memory_open(struct sn_session *session); /* 0 when it is open; -ESTALE: the process is not the userfaultfd's */
+int memory_open(struct sn_session *session); /* 0 when it is open; -ESTALE: the process is not the userfaultfd's;
+						* -EACCES, -EPERM: perhaps all but mem_fd is */
 void memory_close(struct sn_session *session);
 long memory_read(struct sn_session *session, uint64_t from, void *to, uint64_t bytes);
 bool memory_is_ending(struct sn_session *session);

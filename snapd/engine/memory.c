@@ -61,30 +61,39 @@ static int prove(struct sn_session *session, int pagemap)
 	return 0;
 }
 
-/* By way of an agent's thread: a leader that has ended shows nothing. pagemap is opened last: all are of the address
- * space that it proves to be of, since no thread can go back to one that it has left. */
-static int open_all(struct sn_session *session, int process, int fds[3])
+enum { MEM, MAPS, PAGEMAP, FILES };
+
+static bool is_denied(int error)
 {
-	static const char *const names[3] = {"mem", "maps", "pagemap"};
+	return error == -EACCES || error == -EPERM;
+}
+
+/* By way of an agent's thread: a leader that has ended shows nothing. pagemap is opened last: all are of the address
+ * space that it proves to be of, since no thread can go back to one that it has left. The memory itself may be denied
+ * where the rest is not: until the agent of a plain user has told Yama of a new daemon. */
+static int open_all(struct sn_session *session, int process, int fds[FILES])
+{
+	static const char *const names[FILES] = {"mem", "maps", "pagemap"};
 	int tid = session->agent_tids[0];
 
-	for (int i = 0; i < 3; i++) {
+	for (int i = 0; i < FILES; i++) {
+		int fault = i == MEM ? FAULT_ERROR(FP_MEM_OPEN) : i == PAGEMAP ? FAULT_ERROR(FP_PAGEMAP_OPEN) : 0;
 		char path[64];
 
 		if (tid)
 			snprintf(path, sizeof(path), "task/%d/%s", tid, names[i]);
 		else
 			snprintf(path, sizeof(path), "%s", names[i]);
-		fds[i] = open_at(process, path, 0);
-		if (fds[i] < 0)
+		fds[i] = fault ? fault : open_at(process, path, 0);
+		if (fds[i] < 0 && !(i == MEM && is_denied(fds[i])))
 			return fds[i];
 	}
-	return prove(session, fds[2]);
+	return prove(session, fds[PAGEMAP]);
 }
 
 int memory_open(struct sn_session *session)
 {
-	int process, fds[3] = {-1, -1, -1}, error;
+	int process, fds[FILES] = {-1, -1, -1}, error;
 	char path[32];
 
 	if (atomic_load(&session->mem_fd) >= 0)
@@ -93,15 +102,17 @@ int memory_open(struct sn_session *session)
 	process = open_at(AT_FDCWD, path, O_DIRECTORY);
 	error = process < 0 ? process : open_all(session, process, fds);
 	if (error) {
-		for (int i = 0; i < 3; i++)
+		for (int i = 0; i < FILES; i++)
 			close_fd(fds[i]);
 		close_fd(process);
 		return error == -ENOENT ? -ESRCH : error;
 	}
 	publish(&session->process_fd, process);
-	publish(&session->maps_fd, fds[1]);
-	publish(&session->pagemap_fd, fds[2]);
-	publish(&session->mem_fd, fds[0]);
+	publish(&session->maps_fd, fds[MAPS]);
+	publish(&session->pagemap_fd, fds[PAGEMAP]);
+	if (fds[MEM] < 0)
+		return fds[MEM];
+	publish(&session->mem_fd, fds[MEM]);
 	return 0;
 }
 

@@ -152,7 +152,16 @@ static void run_pass(struct restore *restore, int nhelpers)
 		pthread_join(helpers[i], NULL);
 }
 
-int sn_restore(struct sn_session *session, uint64_t start, uint64_t end, uint64_t *ret_pages)
+/* Whether a COPY that nobody asked for can be kept from overwriting a guard. */
+static bool sees_guards(struct sn_session *session)
+{
+	if (atomic_load(&session->pagemap_fd) < 0 && atomic_load(&session->pid))
+		memory_open(session);
+	return atomic_load(&session->pagemap_fd) >= 0;
+}
+
+/* -EACCES: guards can't be looked for, and who calls is not blind to them. */
+int sn_restore(struct sn_session *session, uint64_t start, uint64_t end, int blind, uint64_t *ret_pages)
 {
 	struct restore restore = {.session = session, .lock = PTHREAD_MUTEX_INITIALIZER, .end = end};
 	int nhelpers = (int)min_u64((uint64_t)cpus(), min_u64(MAX_WORKERS, (end - start) / (RUN_PAGES * PAGE))) - 1;
@@ -161,6 +170,8 @@ int sn_restore(struct sn_session *session, uint64_t start, uint64_t end, uint64_
 	/* A discard that the former daemon had read would come back. */
 	if (!ring_is_applied(session))
 		restore.error = -EBUSY;
+	else if (!blind && !sees_guards(session))
+		restore.error = -EACCES;
 	/* What a pass leaves behind (an entry that changed under it) the next one takes: little, so alone. */
 	for (int pass = 0; pass < PASSES && !restore.error; pass++) {
 		restore.at = start;

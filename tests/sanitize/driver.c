@@ -413,7 +413,7 @@ static void *bring_back(void *unused)
 			const struct sn_region *one = &regions[random_below(&rng, n)];
 
 			pthread_mutex_lock(&operation);
-			sn_restore(session, one->start, one->start + one->npages * PAGE / 2, &pages);
+			sn_restore(session, one->start, one->start + one->npages * PAGE / 2, 0, &pages);
 			pthread_mutex_unlock(&operation);
 			atomic_fetch_add(&restores, 1);
 		}

@@ -117,6 +117,13 @@ SENTENCES = {
         ),
     ),
     "Internal": (50, "snapd made a mistake of its own (/some/where): please report it together with the daemon's log."),
+    "MemoryHidden": (
+        62,
+        (
+            "Process 42 hides its memory from this daemon, and may have guard pages that would be overwritten: leave "
+            "it as it is, its pages are served; 'snapd detach 42' brings them back all the same."
+        ),
+    ),
     "NotAttachable": (
         61,
         "Process 42 cannot be attached (/some/where): leave it as it is, or start it with 'snapd run'.",
