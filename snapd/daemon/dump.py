@@ -46,7 +46,9 @@ log = logging.getLogger(__name__)
 
 DEFAULT_LEVEL: Final = 1
 IN_FLIGHT: Final = 3
-RETRIES: Final = 6
+RETRIES: Final = 10
+IMPATIENT: Final = 4
+"""The first tries: a program stands no longer than a stop should last while it waits for CPUs that others have."""
 TIDY_BYTES: Final = 16 << 20
 RETRY_DELAY_S: Final = 0.01
 SHARED_RETRIES: Final = 10
@@ -84,6 +86,7 @@ class Dump:
         self._tidied_at = 0
         self._stops: list[int] = []
         self._put_off = 0
+        self._patient = False
         self._done_bytes = 0
         self._total_bytes = 0
         self._hint = 0
@@ -214,8 +217,8 @@ class Dump:
 
     def _survey(self) -> engine.Survey:
         cause = 0
-        for _ in range(RETRIES):
-            survey = self._native.survey()
+        for attempt in range(RETRIES):
+            survey = self._native.survey(patient=attempt >= IMPATIENT)
             if survey.outcome is Outcome.MOVED:
                 self._stops.append(survey.stop_ns)
                 return survey
@@ -262,6 +265,7 @@ class Dump:
         with pagemap(self._pid) as fd:
             for attempt in range(RETRIES):
                 self._again = []
+                self._patient = attempt >= IMPATIENT
                 for interval in intervals:
                     self._collect(fd, interval)
                 self._move_batch()
@@ -336,7 +340,7 @@ class Dump:
         piece = engine.Piece(self._native, [(span.start, span.end) for span in batch], self._hint)
         if self._keep:
             piece.keep()
-        report = piece.move()
+        report = piece.move(patient=self._patient)
         self._stops.append(report.stop_ns)
         if report.outcome is not Outcome.MOVED:
             piece.close()

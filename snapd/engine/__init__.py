@@ -579,10 +579,10 @@ class Session:
         """Note that pages still are shared, or were not looked at."""
         lib.sn_session_set_forked(self.handle)
 
-    def survey(self) -> Survey:
-        """Stop the target once to see what must stay in memory."""
+    def survey(self, *, patient: bool) -> Survey:
+        """Stop the target once to see what must stay in memory; an impatient one is BUSY soon, where CPUs are."""
         raw = ffi.new("struct sn_survey_report *")
-        lib.sn_survey(self.handle, raw)
+        lib.sn_survey(self.handle, patient, raw)
         threads = tuple(ThreadPlace(one.tid, one.stack, one.tls) for one in raw.threads[0 : raw.nthreads])
         return Survey(Outcome(raw.outcome), raw.cause, threads, tuple(raw.kept[0 : raw.nkept]), raw.stop_ns)
 
@@ -736,10 +736,13 @@ class Piece:
         if not self.handle:
             raise MemoryError
 
-    def move(self) -> PieceReport:
-        """Stop the target, move the intervals aside, look, pin pass, let it go on."""
+    def move(self, *, patient: bool) -> PieceReport:
+        """Stop the target, move the intervals aside, look, pin pass, let it go on.
+
+        An impatient one is BUSY soon, where the target's threads do not get a CPU to stand on.
+        """
         raw = ffi.new("struct sn_piece_report *")
-        lib.sn_piece_move(self.handle, raw)
+        lib.sn_piece_move(self.handle, patient, raw)
         special = {"outcome", "outcomes", "causes"}
         values = {name: getattr(raw, name) for name in PieceReport.__slots__ if name not in special}
         return PieceReport(

@@ -172,7 +172,7 @@ struct sn_survey_report {
 	struct sn_thread threads[8192];
 	uint64_t kept[8192];
 };
-void sn_survey(struct sn_session *session, struct sn_survey_report *ret);
+void sn_survey(struct sn_session *session, _Bool patient, struct sn_survey_report *ret);
 /* Next interval worth a piece in [start, end): not heavier than weight, where each page weighs 1 and each run of pages
  * run_weight more; not wider than span; ends at a gap wider than gap. ret[0], ret[1]: the interval; ret[2]: pages with
  * memory; ret[3]: what they weigh. Returns 1, 0 at the end. */
@@ -186,7 +186,7 @@ int sn_marked(int pagemap_fd, uint64_t address); /* 1: watched and write-protect
 /* Steps 2 to 5 of a dump for one piece: stop, move, look, pin pass, go on. intervals: pairs of start and end, each
  * inside one mapping, at most 20. hint: the middle of a wide hole in the target, or 0. */
 struct sn_piece *sn_piece_create(struct sn_session *session, const uint64_t *intervals, int nintervals, uint64_t hint);
-int sn_piece_move(struct sn_piece *piece, struct sn_piece_report *ret);
+int sn_piece_move(struct sn_piece *piece, _Bool patient, struct sn_piece_report *ret);
 /* Step 6, in two halves: queue the piece for the packing threads, and wait until they are done. */
 int sn_piece_pack(struct sn_piece *piece, int level);
 int sn_piece_wait(struct sn_piece *piece, struct sn_pack_report *ret);

@@ -445,7 +445,7 @@ static void job_main(void *arg)
 	uint64_t began = now_ns();
 	/* A thread may wait in the kernel for a page that only somebody who is lent will bring. */
 	int outcome = job->any ? stop_begin_one(injector->stop, injector->pid)
-			       : stop_begin(injector->stop, injector->pid, nobody);
+			       : stop_begin(injector->stop, injector->pid, nobody, true);
 
 	job->ret = outcome == SN_MOVED ? begin_calls(injector) : meaning(outcome, stop_cause(injector->stop));
 	if (outcome != SN_MOVED)

@@ -538,7 +538,7 @@ bool prefetch_step(struct prefetch *prefetch);
 struct stop *stop_create(void);
 void stop_destroy(struct stop *stop);
 int stop_run(struct stop *stop, void (*run)(void *arg), void *arg);
-int stop_begin(struct stop *stop, int pid, const int skip[2]); /* an sn_outcome */
+int stop_begin(struct stop *stop, int pid, const int skip[2], bool patient); /* an sn_outcome */
 int stop_cause(const struct stop *stop);		       /* a negative errno, of stop_begin */
 bool stop_touches(const struct stop *stop, uint64_t start, uint64_t end); /* a stack top or TLS is inside */
 int stop_places(const struct stop *stop, struct sn_thread *ret, int capacity);

@@ -738,12 +738,12 @@ static int outcome_of_start(int error)
 }
 
 /* From the stop's begin to its end. */
-static void stand(struct sn_piece *piece, struct sn_piece_report *ret)
+static void stand(struct sn_piece *piece, bool patient, struct sn_piece_report *ret)
 {
 	struct sn_session *session = piece->session;
 	uint64_t began = now_ns();
 
-	ret->outcome = stop_begin(session->stop, atomic_load(&session->pid), session->agent_tids);
+	ret->outcome = stop_begin(session->stop, atomic_load(&session->pid), session->agent_tids, patient);
 	ret->until_stopped_ns = now_ns() - began;
 	ret->cause = stop_cause(session->stop);
 	ret->threads = stop_threads(session->stop);
@@ -765,7 +765,7 @@ static void stand(struct sn_piece *piece, struct sn_piece_report *ret)
 	ret->stop_ns = now_ns() - began;
 }
 
-static void move_piece(struct sn_piece *piece, struct sn_piece_report *ret)
+static void move_piece(struct sn_piece *piece, bool patient, struct sn_piece_report *ret)
 {
 	struct sn_session *session = piece->session;
 	int error = memory_open(session);
@@ -780,7 +780,7 @@ static void move_piece(struct sn_piece *piece, struct sn_piece_report *ret)
 	} else {
 		note_huge(piece);
 		mover_pause(session);
-		stand(piece, ret);
+		stand(piece, patient, ret);
 		mover_continue(session);
 		robust_fill(session);
 		if (ret->cause == MOVER_LATE) { /* one that was only slow has put this piece off */
@@ -803,6 +803,7 @@ static void move_piece(struct sn_piece *piece, struct sn_piece_report *ret)
 
 struct move_job {
 	struct sn_piece *piece;
+	bool patient;
 	struct sn_piece_report *ret;
 };
 
@@ -810,12 +811,12 @@ static void move_main(void *arg)
 {
 	struct move_job *job = arg;
 
-	move_piece(job->piece, job->ret);
+	move_piece(job->piece, job->patient, job->ret);
 }
 
-int sn_piece_move(struct sn_piece *piece, struct sn_piece_report *ret)
+int sn_piece_move(struct sn_piece *piece, bool patient, struct sn_piece_report *ret)
 {
-	struct move_job job = {piece, ret};
+	struct move_job job = {piece, patient, ret};
 	struct sn_session *session = piece->session;
 	int error;
 

@@ -619,13 +619,13 @@ struct recovery {
 
 static int begin_stop(struct sn_session *session)
 {
-	int outcome = stop_begin(session->stop, atomic_load(&session->pid), session->agent_tids);
+	int outcome = stop_begin(session->stop, atomic_load(&session->pid), session->agent_tids, true);
 
 	for (int tries = 0; session->loan && outcome == SN_BUSY && tries < HAND_TRIES; tries++) {
 		if (hand_out(session))
 			break;
 		stop_finish(session->stop);
-		outcome = stop_begin(session->stop, atomic_load(&session->pid), session->agent_tids);
+		outcome = stop_begin(session->stop, atomic_load(&session->pid), session->agent_tids, true);
 	}
 	return outcome;
 }

@@ -19,9 +19,10 @@
 #include <unistd.h>
 
 #define LIMIT_NS 10000000ULL
+#define QUICK_NS 700000ULL	   /* for a stop that may as well be later */
 #define LIMIT_A_THREAD_NS 30000ULL /* each thread that is found gives all of them so much more */
 #define LINGER_NS 1000000000ULL
-#define TICK_NS 1000000L /* the tracer looks at the clock this often */
+#define TICK_NS 500000L /* the tracer looks at the clock this often */
 #define ONE_NS 3000000ULL /* so long one thread may take to stand before the next one is asked */
 #define DEAF_TICKS 3
 #define TICK_SIGNAL (SIGRTMIN + 9)
@@ -378,13 +379,14 @@ static int stop_all(struct stop *stop, const int skip[2])
 	return error ? error : found;
 }
 
-/* For a tracer. After any outcome but SN_MOVED all that stand have been let go again. */
-int stop_begin(struct stop *stop, int pid, const int skip[2])
+/* For a tracer. After any outcome but SN_MOVED all that stand have been let go again. An impatient one lets them go
+ * soon when another does not get a CPU to stand on. */
+int stop_begin(struct stop *stop, int pid, const int skip[2], bool patient)
 {
 	stop->pid = pid;
 	stop->nthreads = 0;
 	stop->first_ns = stop->end_ns = 0;
-	stop->deadline_ns = now_ns() + LIMIT_NS;
+	stop->deadline_ns = now_ns() + (patient ? LIMIT_NS : QUICK_NS);
 	stop->cause = stop_all(stop, skip);
 	if (!stop->cause) {
 		timer_end(stop);

@@ -8,6 +8,7 @@
 
 struct survey {
 	struct sn_session *session;
+	bool patient;
 	struct sn_survey_report *ret;
 };
 
@@ -18,7 +19,7 @@ static void look(void *arg)
 	struct sn_survey_report *ret = survey->ret;
 	uint64_t began = now_ns();
 
-	ret->outcome = stop_begin(session->stop, atomic_load(&session->pid), session->agent_tids);
+	ret->outcome = stop_begin(session->stop, atomic_load(&session->pid), session->agent_tids, survey->patient);
 	ret->cause = stop_cause(session->stop);
 	if (ret->outcome == SN_MOVED) {
 		ret->cause = robust_look(session);
@@ -32,9 +33,9 @@ static void look(void *arg)
 	robust_fill(session);
 }
 
-void sn_survey(struct sn_session *session, struct sn_survey_report *ret)
+void sn_survey(struct sn_session *session, bool patient, struct sn_survey_report *ret)
 {
-	struct survey survey = {session, ret};
+	struct survey survey = {session, patient, ret};
 	int error;
 
 	ret->nthreads = ret->nkept = 0;

@@ -315,7 +315,7 @@ static void dump(pid_t pid, uint64_t *rng)
 	int nbatch = 0, pagemap;
 	char path[64];
 
-	sn_survey(session, &seen);
+	sn_survey(session, true, &seen);
 	if (seen.outcome != SN_MOVED)
 		return;
 	choose(pid, &seen, &parts);
@@ -339,7 +339,7 @@ static void dump(pid_t pid, uint64_t *rng)
 			nbatch = 0;
 			if (!piece)
 				fail("sn_piece_create");
-			if (sn_piece_move(piece, &report)) {
+			if (sn_piece_move(piece, true, &report)) {
 				sn_piece_free(piece);
 				continue;
 			}
