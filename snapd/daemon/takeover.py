@@ -185,7 +185,8 @@ def _adopt(fds: dict[Name, int]) -> list[Adopted]:
     _drop_the_rest(fds, adopted)
     owners: dict[int, Adopted] = {}
     for one in adopted.values():
-        if source := adopted.get(one.info.source):
+        source = adopted.get(one.info.source)
+        if source is not None and _may_be_source(source.info, one.info):
             keeper.depend(one.native, source.native)
         owners.setdefault(one.info.store_number, one)
     for number, (store, _, _) in stores.items():
@@ -194,6 +195,11 @@ def _adopt(fds: dict[Name, int]) -> list[Adopted]:
         else:
             store.release()
     return list(adopted.values())
+
+
+def _may_be_source(source: keeper.PageMapInfo, child: keeper.PageMapInfo) -> bool:
+    """Whether a child's pages can be in another's staging: of one family, whose first one waits for nobody itself."""
+    return source.store_id == child.store_id and not source.source
 
 
 def open_store(fd: int, number: int) -> tuple[engine.Store, int, bytes] | None:
@@ -238,8 +244,6 @@ def adopt_held(held: Sequence[int], siblings: Iterable[engine.Session]) -> Adopt
         uffd = fcntl.fcntl(held[0], fcntl.F_DUPFD_CLOEXEC, 0)
         undo.callback(os.close, uffd)
         store_fd = _made_by_us(held[1])
-        if not fcntl.fcntl(page_map, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
-            raise DamagedPageMapError("it is not sealed")
         info = _of_the_living(keeper.look(page_map))
         keeper.renumber(page_map)
         sibling = next((one for one in siblings if os.path.sameopenfile(one.descriptors()[0], store_fd)), None)

@@ -45,6 +45,11 @@ static uint64_t own_slice(uint64_t slice)
 	return get(getpid(), &common) == 0 && common.runtime == slice ? 0 : slice;
 }
 
+static bool is_common(const struct snapd_sched_attr *attr)
+{
+	return attr->policy == SCHED_OTHER || attr->policy == SCHED_BATCH || attr->policy == SCHED_IDLE;
+}
+
 /* Whoever has a policy of the stricter kind keeps it. */
 void haste_begin(pid_t tid, struct haste *ret)
 {
@@ -53,7 +58,7 @@ void haste_begin(pid_t tid, struct haste *ret)
 	int fd;
 
 	ret->tid = 0;
-	if (get(tid, &was) || (was.policy != SCHED_OTHER && was.policy != SCHED_BATCH && was.policy != SCHED_IDLE))
+	if (get(tid, &was) || !is_common(&was))
 		return;
 	fd = open_slack(tid, O_RDONLY);
 	if (fd < 0)
@@ -95,13 +100,15 @@ void haste_end(struct haste *haste)
 	atomic_store(&haste->tid, 0);
 }
 
-/* After a daemon's death: a thread of this process that it had lent may still have what it was given. */
+/* After a daemon's death: a thread of this process that it had lent may still have what it was given. What is noted
+ * comes from a page map: it gives nobody more than a common thread has. */
 void haste_end_former(struct haste *haste, int pid)
 {
 	char path[64];
 
 	snprintf(path, sizeof(path), "/proc/%d/task/%d", pid, atomic_load(&haste->tid));
-	if (atomic_load(&haste->tid) && access(path, F_OK) == 0)
+	haste->was.flags &= SNAPD_SCHED_RESET_ON_FORK;
+	if (atomic_load(&haste->tid) > 0 && is_common(&haste->was) && access(path, F_OK) == 0)
 		haste_end(haste);
 	atomic_store(&haste->tid, 0);
 }

@@ -69,6 +69,7 @@ struct table {
 
 #define MAX_INFLIGHT 4
 #define MAX_SPANS 20
+#define SLOT_BYTES (1UL << 30) /* more than the pages of a piece, or its staging, ever are */
 
 enum phase { PHASE_IDLE, PHASE_MOVE, PHASE_PIN, PHASE_STORE, PHASE_DROP, PHASE_CUT /* a successor has claimed it */ };
 struct intent { /* a span of a piece on its way, for a successor */
@@ -378,6 +379,11 @@ void entry_put(struct sn_session *session, uint64_t index, uint64_t entry);
 /* pulse.c: for the reader */
 void pulse_wait(struct sn_session *session);
 void pulse_go_on(struct sn_session *session);
+
+/* trust.c: a page map that was not ours all the time */
+bool trust_file(int fd);
+/* What is wrong with it, or NULL; scratch has room for all records. */
+const char *trust_wrong(struct page_map *pm, uint64_t store_bytes, struct record *scratch);
 
 /* adopt.c */
 void adopt_forks(struct sn_session *session);

@@ -6,6 +6,7 @@ Owns the names of descriptors that are handed over. Knows nothing of how a daemo
 from __future__ import annotations
 
 import enum
+import errno
 import os
 import select
 from dataclasses import dataclass
@@ -155,9 +156,15 @@ def same_file(fd: int, other: int) -> bool:
 
 
 def look(page_map: int) -> PageMapInfo:
-    """Return what a page map's header says; OSError EPROTO when it is none that this version reads."""
+    """Return what a page map's header says; DamagedPageMapError when it is none, or a file that could change its size.
+
+    Raises OSError.
+    """
     raw = ffi.new("struct sn_page_map_info *")
-    engine.check(lib.sn_page_map_look(page_map, raw))
+    error = lib.sn_page_map_look(page_map, raw)
+    if error == -errno.EPROTO:
+        raise DamagedPageMapError("it is none that this version can trust")
+    engine.check(error)
     values = {name: getattr(raw, name) for name in PageMapInfo.__slots__ if name not in ("store_id", "phases")}
     phases = {name: count for name, count in zip(PHASES, raw.phases, strict=True) if count and name != PHASES[0]}
     return PageMapInfo(**values, store_id=bytes(ffi.buffer(raw.store_id)), phases=phases)

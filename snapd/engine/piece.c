@@ -8,8 +8,6 @@
 #include <stdlib.h>
 #include <unistd.h>
 
-#define SLOT_BYTES (1UL << 30)
-
 /* The first address not below at that is congruent with like modulo 2 MiB: huge pages stay whole there and page tables
  * move by the table. */
 static uint64_t congruent(uint64_t at, uint64_t like)

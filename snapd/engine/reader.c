@@ -118,17 +118,17 @@ static void drain(struct sn_session *session, struct pending *pending)
 {
 	uint64_t deadline = now_ns() + WAIT_NS;
 	struct events events;
-	bool got;
+	bool got = true;
 
 	pthread_rwlock_wrlock(&session->lock);
 	events_begin(&events, session);
 	if (session->adopted)
-		take_what_is_left(&events, pending);
-	do {
+		take_what_is_left(&events, pending); /* it may be a full ring */
+	while ((got || events.nwaiting) && made_room(&events)) {
 		got = read_event(session, &events, pending);
 		if (events.nwaiting)
 			wait_for_earlier(session, &events, got, deadline);
-	} while ((got || events.nwaiting) && made_room(&events));
+	}
 	events_end(&events, !uffd_changing(session->uffd));
 	pthread_rwlock_unlock(&session->lock);
 }

@@ -455,16 +455,19 @@ def test_functions_that_a_table_names_are_in_their_files() -> None:
             assert re.search(rf"^[\w ]+[ *]{function}\(", text, flags=re.MULTILINE), function
 
 
-def test_tests_that_the_table_of_kernel_facts_names_are_there() -> None:
-    (table,) = tables(section(DESIGN, "Kernel facts"))
-    there = {
-        name
-        for file in (ROOT / "tests").glob("*/test_*.py")
-        for name in re.findall(r"def (test_\w+)", file.read_text())
-    }
+def names_of_tests() -> set[str]:
+    """Return the names of all tests."""
+    files = (ROOT / "tests").glob("*/test_*.py")
+    return {name for file in files for name in re.findall(r"def (test_\w+)", file.read_text())}
+
+
+@pytest.mark.parametrize(("title", "column"), [("Kernel facts", 2), ("The crash matrix", 4)])
+def test_tests_that_a_table_names_are_there(title: str, column: int) -> None:
+    (table,) = tables(section(DESIGN, title))
+    there = names_of_tests()
     for row in table[1:]:
-        assert codes(row[2])
-        assert set(codes(row[2])) <= there
+        assert codes(row[column]), row[0]
+        assert set(codes(row[column])) <= there, row[0]
 
 
 def test_places_of_the_page_map_are_those_of_the_code() -> None:
