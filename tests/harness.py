@@ -152,10 +152,18 @@ class Daemon:
         """Wait until the process is managed."""
         return wait_until(lambda: self.session(pid), f"a session of process {pid}", timeout_s)
 
-    def dump(self, pid: int, *, level: int | None = None, share_percent: int = 100, seed: int = 0) -> DumpReport:
+    def dump(
+        self,
+        pid: int,
+        *,
+        level: int | None = None,
+        share_percent: int = 100,
+        seed: int = 0,
+        keep_cached: bool = False,
+    ) -> DumpReport:
         """Dump once."""
         with self.client() as client:
-            return client.dump(pid, DumpOptions(level, share_percent, seed))
+            return client.dump(pid, DumpOptions(level, share_percent, seed, keep_cached=keep_cached))
 
     def restore(self, pid: int) -> RestoreReport:
         """Bring every page back."""
