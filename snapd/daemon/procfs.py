@@ -89,6 +89,8 @@ def _mappings(pid: int, name: str) -> list[Mapping]:
         return []
 
 
+_STATUS_BEGIN_BYTES: Final = 1024
+"""Of /proc/PID/status: its user stands in it."""
 _PRESENT: Final = 1 << 63
 _SWAPPED: Final = 1 << 62
 _EXCLUSIVE: Final = 1 << 56
@@ -161,13 +163,27 @@ def exists(pid: int) -> bool:
 
 def uid(pid: int) -> int | None:
     """Return the effective uid, or None when the process is gone."""
-    fields = status(pid).get("Uid", "").split()
-    return int(fields[1]) if len(fields) > 1 else None
+    all_of_it = uids(pid)
+    return all_of_it[1] if len(all_of_it) > 1 else None
 
 
 def uids(pid: int) -> tuple[int, ...]:
-    """Return the real, effective, saved and file system uid; empty when the process is gone."""
-    return tuple(map(int, status(pid).get("Uid", "").split()))
+    """Return the real, effective, saved and file system uid; empty when the process is gone.
+
+    It is asked for hundreds of processes a second: no more is read of their status than the beginning.
+    """
+    try:
+        fd = os.open(f"/proc/{pid}/status", os.O_RDONLY | os.O_CLOEXEC)
+    except (FileNotFoundError, ProcessLookupError):
+        return ()
+    try:
+        text = os.read(fd, _STATUS_BEGIN_BYTES)
+    except ProcessLookupError:
+        return ()
+    finally:
+        os.close(fd)
+    _, _, behind = text.partition(b"\nUid:\t")
+    return tuple(map(int, behind.partition(b"\n")[0].split()))
 
 
 def threads(pid: int) -> list[int]:
