@@ -99,6 +99,27 @@ def test_everybody_may_read_it_and_nothing_names_the_directory_it_was_made_in(de
     assert not (destdir / "usr/lib/heap-snapd/bin").exists()
 
 
+OF_SYSTEMD = {
+    "system/heap-snapd.service": "heap-snapd.service",
+    "system/heap-snapd.socket": "heap-snapd.socket",
+    "user/heap-snapd.service": "user/heap-snapd.service",
+    "user/heap-snapd.socket": "user/heap-snapd.socket",
+}
+OF_OTHERS = {
+    "tmpfiles.d/heap-snapd.conf": "heap-snapd.tmpfiles",
+    "sysusers.d/heap-snapd.conf": "heap-snapd.sysusers",
+    "udev/rules.d/60-heap-snapd.rules": "60-heap-snapd.rules",
+}
+
+
+def test_units_and_what_goes_with_them_are_where_systemd_looks(destdir: Path) -> None:
+    places = {**{f"systemd/{place}": name for place, name in OF_SYSTEMD.items()}, **OF_OTHERS}
+    for place, name in places.items():
+        wanted = (ROOT / "systemd" / name).read_text().replace("/usr/local", "/usr")
+        assert (destdir / "usr/lib" / place).read_text() == wanted, place
+    assert {path.name for path in (ROOT / "systemd").rglob("*.*")} == {Path(name).name for name in places.values()}
+
+
 def test_uninstalling_leaves_nothing_but_what_is_not_ours(destdir: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="snapd-install-") as name:
         copy = Path(name) / "root"

@@ -17,6 +17,7 @@ import pytest
 import snapd.engine
 from snapd.errors import SnapdError
 from snapd.protocol.options import DumpOptions
+from snapd.store.verify import verify_snapshot
 from tests.faults.deaths import SETTLED_S, allow_deaths
 from tests.faults.plan import FAULTS, Action, Plan, Step, fails
 from tests.harness import Daemon, HarnessError, Spawner, Target, wait_until
@@ -61,6 +62,17 @@ class Scene:
         wait_until(self._attached, "the end of what was on its way", 30)
         self.look()
         self.clean_run()
+        self.right = True
+
+    def fails_at(self, step: Step, doing: Callable[[Scene], None]) -> None:
+        """Do something in which a call fails as the plan says; then all must be right, now and in a second run."""
+        served_by = self.daemon.pid
+        self.plan.arm(step)
+        doing(self)
+        self.plan.wait()
+        self.look()
+        self.clean_run()
+        assert self.daemon.pid == served_by
         self.right = True
 
     def _successor(self, former: int) -> bool:
@@ -314,6 +326,70 @@ def replacing(scene: Scene) -> None:
         scene.dump()
         if scene.plan.happened:
             return
+
+
+KEEPING: Final = ("COPY_WRITE", "SNAPSHOT_WRITE", "SNAPSHOT_SYNC", "SNAPSHOT_NAMING")
+NAMED: Final = ((Step("SNAPSHOT_NAMED"), True), (Step("SNAPSHOT_SYNC", skip=1), True))
+
+
+@pytest.mark.parametrize(("step", "is_there"), [*((Step(point), False) for point in KEEPING), *NAMED], ids=str)
+def test_in_keeping(scene: Scene, step: Step, is_there: bool) -> None:
+    name = f"{step.point}-{step.skip}"
+    scene.dies_at(step, doing=keeping(name))
+    assert [one.name for one in snapshots(scene, name)] == ([f"{name}.snapd"] if is_there else [])
+    scene.dump(keep=f"{name}-again")
+    assert all(verify_snapshot(one).ok for one in snapshots(scene, name))
+    assert len(snapshots(scene, name)) == 1 + is_there
+
+
+def keeping(name: str) -> Callable[[Scene], None]:
+    """Return what dumps what is written, and keeps all of it."""
+
+    def keep_it(scene: Scene) -> None:
+        scene.target.ask("write", 300, 9)
+        scene.dump(keep=name)
+
+    return keep_it
+
+
+def snapshots(scene: Scene, name: str) -> list[Path]:
+    """Return the files whose names begin so, or that are no snapshots yet."""
+    there = [one for one in (scene.daemon.state_dir / "snapshots").rglob("*") if one.is_file()]
+    return [one for one in there if one.name.startswith((name, "."))]
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO], ids=errno.errorcode.get)
+@pytest.mark.parametrize("point", KEEPING)
+def test_what_fails_in_keeping_leaves_no_file(scene: Scene, point: str, error: int) -> None:
+    scene.fails_at(fails(point, error, times=1), doing=keeping("failed"))
+    assert snapshots(scene, "failed") == []
+
+
+def test_no_room_for_frames_ends_the_dump(scene: Scene) -> None:
+    scene.fails_at(fails("RESERVE", errno.ENOSPC, times=1), doing=dumping)
+
+
+def test_room_that_is_not_given_back_is_given_back_the_next_time(scene: Scene) -> None:
+    scene.daemon.dump(scene.target.pid)
+    scene.fails_at(fails("PUNCH", errno.EOPNOTSUPP, times=1), doing=replacing)
+
+
+def test_in_poisoning(scene: Scene) -> None:
+    """The page is lost, and its entry does not say so."""
+    scene.daemon.allow("is lost")
+    served_by = scene.daemon.pid
+    scene.daemon.dump(scene.target.pid)
+    scene.plan.arm(Step("FRAME_READ", Action.SHORT), Step("POISONED"))
+    for _ in range(2):
+        seen = scene.target.ask("look", timeout_s=30)
+        assert seen["lost"] <= 1, "it may be had again by its frame"
+        assert seen["right"] + seen["lost"] == HEAP_PAGES
+        wait_until(lambda: scene._successor(served_by), "a successor", 30)
+        wait_until(scene._attached, "its session", 30)
+        scene.daemon.dump(scene.target.pid)
+    assert scene.plan.happened == 2
+    scene.right = True
+    _end_scene()  # its page stays lost
 
 
 def test_only_the_tests_own_build_has_fault_points(plan: Plan) -> None:

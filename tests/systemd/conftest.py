@@ -8,12 +8,13 @@ import pytest
 from tests.systemd.machine import Machine
 
 HERE = Path(__file__).parent
+TEXT_ALONE = HERE / "test_units.py"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what is about real processes."""
     for item in items:
-        if item.path == HERE / "test_service.py":
+        if item.path.is_relative_to(HERE) and item.path != TEXT_ALONE:
             item.add_marker(pytest.mark.kernel)
             item.add_marker(pytest.mark.root)
 

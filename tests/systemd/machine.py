@@ -26,6 +26,7 @@ from tests.target import Target, build
 ROOT: Final = Path(__file__).parents[2]
 HERE: Final = Path(__file__).parent
 PREFIX: Final = "/run/snapd-prefix"
+OTHER_TREE: Final = "/run/snapd-other"
 SYSTEMD: Final = ("/usr/lib/systemd/systemd", "/lib/systemd/systemd")
 START_S: Final = 30.0
 TARGETS: Final = ("basic", "multi-user", "shutdown", "sockets", "sysinit", "umount")
@@ -46,14 +47,21 @@ class Machine:
     """A container with systemd, heap-snapd's units and nothing else; a context manager."""
 
     def __init__(
-        self, service: str = "", *, units: tuple[str, ...] = ("heap-snapd.service", "heap-snapd.socket")
+        self,
+        service: str = "",
+        *,
+        units: tuple[str, ...] = ("heap-snapd.service", "heap-snapd.socket"),
+        package: Path | None = None,
     ) -> None:
-        """Start it; `service` is added to the service's [Service] section. No unit is started."""
+        """Start it; `service` is added to the service's [Service] section. No unit is started.
+
+        `package` is a tree with another snapd, which is copied.
+        """
         program = systemd()
         if os.geteuid() != 0:
             lacking("a container of its own takes root")
         self.directory = Path(tempfile.mkdtemp(prefix="snapd-machine-"))
-        self._furnish(program, service, units)
+        self._furnish(program, service, units, package)
         self._output = (self.directory / "output").open("wb")
         self.process = subprocess.Popen(
             [sys.executable, str(HERE / "container.py"), str(self.directory)],
@@ -70,7 +78,7 @@ class Machine:
             self.close()
             raise
 
-    def _furnish(self, program: str, service: str, units: tuple[str, ...]) -> None:
+    def _furnish(self, program: str, service: str, units: tuple[str, ...], package: Path | None) -> None:
         (self.directory / "tree").symlink_to(ROOT)
         (self.directory / "cache").symlink_to(build("hold").parents[1])
         (self.directory / "args").write_text(f"{program}\n--system\n--unit=multi-user.target\n--log-target=null\n")
@@ -87,8 +95,11 @@ class Machine:
         (extra / "test.conf").write_text("\n".join(["[Service]", *settings, ""]))
         command = self.directory / f"run/{Path(PREFIX).name}/bin/snapd"
         command.parent.mkdir(parents=True)
-        command.write_text(_command())
+        command.write_text(_command(*([OTHER_TREE] if package else [])))
         command.chmod(0o755)
+        if package:
+            place = self.directory / f"run/{Path(OTHER_TREE).name}/snapd"
+            shutil.copytree(package / "snapd", place, ignore=shutil.ignore_patterns("__pycache__"))
 
     def _init(self) -> str | None:
         if self.process.poll() is not None:
@@ -228,15 +239,18 @@ class Inmate(Target):
         self.inner = int(line.split()[-1])
 
 
-def _command() -> str:
-    """Return a `snapd` command for the container, where this interpreter's home may be out of sight."""
+def _command(*first: str) -> str:
+    """Return a `snapd` command for the container, where this interpreter's home may be out of sight.
+
+    What is in `first` goes before the tree.
+    """
     python = Path(sys.executable).resolve()
     with contextlib.suppress(ValueError):
         python = Path("/run/snapd-python") / python.relative_to(Path(sys.base_prefix).resolve())
     packages = Path(sysconfig.get_path("purelib"))
     with contextlib.suppress(ValueError):
         packages = Path("/run/snapd-tree") / packages.relative_to(ROOT)
-    paths = ["/run/snapd-tree", str(packages)]
+    paths = [*first, "/run/snapd-tree", str(packages)]
     return (
         f"#!{python} -sP\nimport sys\n\nsys.path[:0] = {paths}\nfrom snapd.cli.main import main\n\nsys.exit(main())\n"
     )

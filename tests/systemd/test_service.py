@@ -2,6 +2,7 @@
 whose heaps are out. Nothing is lost, and everything is back in the end."""
 
 import contextlib
+import json
 import signal
 from collections.abc import Iterator
 
@@ -9,7 +10,7 @@ import pytest
 
 from tests.kernel.driving import MIB
 from tests.processes import wait_until
-from tests.systemd.machine import Inmate, Machine
+from tests.systemd.machine import PREFIX, Inmate, Machine
 
 SERVICE, SOCKET = "heap-snapd.service", "heap-snapd.socket"
 BACK_S = 20.0
@@ -133,6 +134,21 @@ def test_daemon_and_keeper_killed_together_come_back_by_what_systemd_keeps(machi
     is_main(machine, another(machine, former))
     assert machine.show("NRestarts") == "1"
     assert "took over 1 sessions that systemd has kept" in machine.log()
+    works(machine, hold, sums)
+
+
+def test_an_upgrade_keeps_everything_and_has_the_next_daemon_as_main_process(machine: Machine, hold: Inmate) -> None:
+    sums = before(hold, machine)
+    for _ in range(2):
+        former = machine.status().daemon.pid
+        report = json.loads(machine.run(f"{PREFIX}/bin/snapd", "upgrade", "--json").stdout)
+        assert report["pid"] == former
+        assert report["next_pid"] == machine.status().daemon.pid != former
+        is_main(machine, report["next_pid"])
+        assert out_bytes(machine, hold) > 30 * MIB, "nothing was given back"
+    assert machine.show("ActiveState") == "active"
+    assert kept(machine) == 3
+    assert "WARNING" not in machine.log()
     works(machine, hold, sums)
 
 
