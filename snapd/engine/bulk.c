@@ -44,7 +44,7 @@ bool bulk_next(struct sn_session *session, uint64_t *at, uint64_t end, struct ru
 	const struct table *table;
 
 	ret->n = 0;
-	pthread_rwlock_rdlock(&session->lock);
+	session_share(session);
 	ret->reused = atomic_load(&session->store->reused);
 	table = pm_table(&session->pm);
 	for (long i = pm_first_at(table, *at); i < (long)table->nrecords && !ret->n; i++) {
@@ -165,7 +165,7 @@ int bulk_copy(struct bulk *bulk, const struct run *run, const unsigned char *pag
 		enum uffd_result result = UFFD_DONE;
 		bool same;
 
-		pthread_rwlock_rdlock(&session->lock);
+		session_share(session);
 		/* Decoding took its time: the program may have installed a guard meanwhile. Where nobody can look,
 		 * nothing is put that nobody asked for. */
 		same = unchanged(session, run, from, count) && !memory_has_guard(session, address, count) &&
@@ -182,8 +182,13 @@ int bulk_copy(struct bulk *bulk, const struct run *run, const unsigned char *pag
 			}
 		}
 		pthread_rwlock_unlock(&session->lock);
-		if (!same)
+		if (!same && !bulk->keep_frames)
 			return 0; /* the caller looks anew */
+		if (!same) { /* a demand fill may have taken one of them: the others are right still */
+			from += count == 1;
+			most = max_u64(count / 2, 1);
+			continue;
+		}
 		from += done / PAGE;
 		/* A record may be of mappings side by side, and a COPY across their edge does nothing at all. One page
 		 * that is in none is nobody's to fill. */

@@ -266,7 +266,7 @@ static enum fill_result hand_out(struct sn_session *session, struct filler *fill
 	if (recover_find(session, place->index, place->aside, &from) || !from ||
 	    memory_read(session, from, filler->page, PAGE) != (long)PAGE)
 		return FILL_LATER;
-	pthread_rwlock_rdlock(&session->lock);
+	session_share(session);
 	again = look_up(session, address);
 	if (again.handed && again.index == place->index && again.aside == place->aside)
 		result = uffd_copy(session->uffd, address, filler->page, PAGE, 0, NULL);
@@ -282,7 +282,7 @@ enum fill_result fill_page(struct sn_session *session, struct filler *filler, st
 		struct place place, again;
 		enum fill_result ret;
 
-		pthread_rwlock_rdlock(&session->lock);
+		session_share(session);
 		place = look_up(session, fault->address);
 		pthread_rwlock_unlock(&session->lock);
 		if (place.handed)
@@ -297,7 +297,7 @@ enum fill_result fill_page(struct sn_session *session, struct filler *filler, st
 			return FILL_WOULD_BLOCK;
 		if (error == FRAME_GONE)
 			return FILL_GONE;
-		pthread_rwlock_rdlock(&session->lock);
+		session_share(session);
 		again = look_up(session, fault->address);
 		if (same_place(&place, &again)) {
 			ret = put_page(session, filler, &place, fault, error);

@@ -283,6 +283,7 @@ struct fresh { /* where the program is likely to use new memory next, and how mu
 struct loan;
 struct resume;
 struct replay;
+struct flood;
 
 #define MAX_THREADS (int)(sizeof(((struct sn_survey_report *)0)->threads) / sizeof(struct sn_thread))
 #define MAX_KEPT (int)(sizeof(((struct sn_survey_report *)0)->kept) / sizeof(uint64_t))
@@ -350,6 +351,7 @@ struct sn_session {
 
 	struct resume *_Atomic resume; /* from the first dump on */
 	struct replay *_Atomic replay;
+	struct flood *_Atomic flood;
 
 	atomic_int fork_copies; /* children that still read our staging */
 	struct sn_piece *inflight[MAX_INFLIGHT];
@@ -359,12 +361,26 @@ struct sn_session {
 
 #define COUNT(session, field) __atomic_fetch_add(&(session)->stats.field, 1, __ATOMIC_RELAXED)
 
+/* Those who hold session->lock do so for a few microseconds, and a sleep takes longer than that: whoever has the lock
+ * often looks for a while first. */
+#define LOCK_LOOKS 200
+static inline void session_share(struct sn_session *session)
+{
+	for (int looks = 0; looks < LOCK_LOOKS; looks++) {
+		if (pthread_rwlock_tryrdlock(&session->lock) == 0)
+			return;
+		__builtin_ia32_pause();
+	}
+	pthread_rwlock_rdlock(&session->lock);
+}
+
 /* engine.c */
 int cpus(void); /* that this process may use */
 
 /* session.c */
 uint64_t now_ns(void);
 void prefer_thread(void); /* best effort: a plain user may not raise itself */
+bool start_thread(pthread_t *thread, void *(*run)(void *), void *arg); /* with a small stack */
 struct sn_session *session_new(const struct sn_target *target, struct sn_store *store, struct sn_session *source,
 			       int *ret_error);
 struct stop *session_stop(struct sn_session *session);
@@ -499,6 +515,7 @@ int bulk_copy(struct bulk *bulk, const struct run *run, const unsigned char *pag
 void resume_note(struct sn_session *session, uint64_t address, uint64_t npages);
 void resume_destroy(struct resume *resume);
 void set_check(struct sn_session *session);
+uint64_t page_lot(uint64_t page); /* a random number that is always the same */
 bool set_holds_back(const struct working_set *set, uint64_t page);
 struct interval set_run(const struct working_set *set, uint64_t i);
 
@@ -506,6 +523,13 @@ struct interval set_run(const struct working_set *set, uint64_t i);
 bool replay_start(struct sn_session *session, const struct working_set *set);
 void replay_hint_end(struct sn_session *session); /* does not wait */
 void replay_end(struct sn_session *session);
+
+/* flood.c: one at a time, for resume.c. out: pages; salt: another one holds other pages back. */
+#define FLOOD_SAMPLES 64 /* pages that are held back */
+bool flood_start(struct sn_session *session, uint64_t out, uint64_t salt);
+bool flood_holds_back(uint64_t salt, uint64_t out, uint64_t page);
+void flood_hint_end(struct sn_session *session); /* does not wait */
+uint64_t flood_end(struct sn_session *session);	 /* how many pages were held back */
 
 /* headroom.c: how many bytes of memory a process may still take */
 uint64_t headroom(int pid);
@@ -527,6 +551,7 @@ void spin_init(struct spin *spin);
 bool spin_for(struct spin *spin, struct pollfd *fds, unsigned int nfds);
 void spin_slept(struct spin *spin, uint64_t ns); /* until the next fault */
 void spin_filled(struct spin *spin);
+void spin_yield(bool begins);
 
 /* awake.c */
 int awake_start(void);

@@ -118,9 +118,15 @@ static void drain(struct sn_session *session, struct pending *pending)
 {
 	uint64_t deadline = now_ns() + WAIT_NS;
 	struct events events;
-	bool got = true;
+	bool got = true, locked = false;
 
-	pthread_rwlock_wrlock(&session->lock);
+	for (int looks = 0; looks < LOCK_LOOKS && !locked; looks++) {
+		locked = pthread_rwlock_trywrlock(&session->lock) == 0;
+		if (!locked)
+			__builtin_ia32_pause();
+	}
+	if (!locked)
+		pthread_rwlock_wrlock(&session->lock);
 	events_begin(&events, session);
 	if (session->adopted)
 		take_what_is_left(&events, pending); /* it may be a full ring */

@@ -47,20 +47,17 @@ static bool is_ending(const struct replay *replay)
 	return atomic_load(&replay->ending) || atomic_load(&replay->session->stopping);
 }
 
-/* What of [*at, end) is stored, at most a few pages; moves *at. */
-static void collect(struct replay *replay, uint64_t *at, uint64_t end)
+/* What of [at, upto) is stored; for whoever holds the lock. */
+static void collect(struct replay *replay, uint64_t at, uint64_t upto)
 {
 	struct sn_session *session = replay->session;
-	uint64_t upto = min_u64(end, *at + LOOK_PAGES * PAGE);
-	const struct table *table;
+	const struct table *table = pm_table(&session->pm);
 
-	pthread_rwlock_rdlock(&session->lock);
-	table = pm_table(&session->pm);
-	for (long i = pm_first_at(table, *at); i < (long)table->nrecords && table->records[i].start < upto; i++) {
+	for (long i = pm_first_at(table, at); i < (long)table->nrecords && table->records[i].start < upto; i++) {
 		const struct record *record = &table->records[i];
 		uint64_t behind = min_u64(upto, record->start + record->npages * PAGE);
 
-		for (uint64_t address = max_u64(*at, record->start);
+		for (uint64_t address = max_u64(at, record->start);
 		     record->first != NO_ENTRIES && address < behind; address += PAGE) {
 			uint64_t index = record->first + (address - record->start) / PAGE;
 			uint64_t entry = session->pm.entries[index];
@@ -70,8 +67,25 @@ static void collect(struct replay *replay, uint64_t *at, uint64_t end)
 				replay->items[replay->nitems++] = (struct item){entry, address, index};
 		}
 	}
-	pthread_rwlock_unlock(&session->lock);
-	*at = upto;
+}
+
+/* Goes on through the set for a few pages: *i is a run of it, *at a place in it or 0. */
+static void look(struct replay *replay, uint64_t *i, uint64_t *at)
+{
+	uint64_t pages = 0;
+
+	session_share(replay->session);
+	while (*i < replay->set->nruns && pages < LOOK_PAGES) {
+		struct interval run = set_run(replay->set, *i);
+		uint64_t from = max_u64(run.start, *at);
+		uint64_t upto = min_u64(run.end, from + (LOOK_PAGES - pages) * PAGE);
+
+		collect(replay, from, upto);
+		pages += (upto - from) / PAGE;
+		*at = upto;
+		*i += upto == run.end;
+	}
+	pthread_rwlock_unlock(&replay->session->lock);
 }
 
 static int by_place(const void *a, const void *b)
@@ -83,6 +97,7 @@ static int by_place(const void *a, const void *b)
 
 static bool prepare(struct replay *replay)
 {
+	uint64_t i = 0, at = 0;
 	bool in_order = true;
 
 	replay->bytes = replay->set->npages * sizeof(*replay->items);
@@ -93,14 +108,10 @@ static bool prepare(struct replay *replay)
 		return false;
 	}
 	replay->reused = atomic_load(&replay->session->store->reused);
-	for (uint64_t i = 0; i < replay->set->nruns && !is_ending(replay); i++) {
-		struct interval run = set_run(replay->set, i);
-
-		while (run.start < run.end)
-			collect(replay, &run.start, run.end);
-	}
-	for (uint64_t i = 1; i < replay->nitems && in_order; i++)
-		in_order = by_place(&replay->items[i - 1], &replay->items[i]) < 0;
+	while (i < replay->set->nruns && !is_ending(replay))
+		look(replay, &i, &at);
+	for (uint64_t k = 1; k < replay->nitems && in_order; k++)
+		in_order = by_place(&replay->items[k - 1], &replay->items[k]) < 0;
 	if (!in_order)
 		qsort(replay->items, replay->nitems, sizeof(*replay->items), by_place);
 	return true;
@@ -211,6 +222,7 @@ static void *helper_main(void *arg)
 	prctl(PR_SET_NAME, "snapd-replay");
 	if (bulk_init(&bulk, replay->session, true))
 		return NULL;
+	spin_yield(true);
 	for (;;) {
 		first = take(replay, &n);
 		if (!n)
@@ -224,23 +236,12 @@ static void *helper_main(void *arg)
 		if (error || is_ending(replay))
 			break;
 	}
+	spin_yield(false);
 	if (error) /* no memory, or nobody is there */
 		atomic_store(&replay->ending, true);
 	__atomic_fetch_add(&replay->session->stats.replayed, bulk.filled, __ATOMIC_RELAXED);
 	bulk_deinit(&bulk);
 	return NULL;
-}
-
-static bool start_thread(pthread_t *thread, void *(*run)(void *), void *arg)
-{
-	pthread_attr_t attributes;
-	int error;
-
-	pthread_attr_init(&attributes);
-	pthread_attr_setstacksize(&attributes, 128 << 10);
-	error = pthread_create(thread, &attributes, run, arg);
-	pthread_attr_destroy(&attributes);
-	return !error;
 }
 
 static void *lead_main(void *arg)

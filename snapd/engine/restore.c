@@ -167,6 +167,7 @@ int sn_restore(struct sn_session *session, uint64_t start, uint64_t end, int bli
 	int nhelpers = (int)min_u64((uint64_t)cpus(), min_u64(MAX_WORKERS, (end - start) / (RUN_PAGES * PAGE))) - 1;
 
 	replay_hint_end(session);
+	flood_hint_end(session);
 	/* A discard that the former daemon had read would come back. */
 	if (!ring_is_applied(session))
 		restore.error = -EBUSY;

@@ -20,6 +20,13 @@
 #define SAMPLES 64	    /* as many are held back */
 #define SAMPLE_PART 16	    /* but not more than this part of a small set */
 #define OUT_OF 65536
+#define LEAST_OUT 16384		/* pages: of less there is no flood, the faults take no time */
+#define MOST_PART(out) ((out) / 4 * 3) /* a set of so much says of no page that it is rather wanted than another */
+#define FLOOD_PART(out) ((out) / 32 * 9) /* more than a quarter: then the rest is likely wanted, too */
+#define KNOWN_PART(out) ((out) / 16)	 /* the same where nearly all was wanted so many times in a row */
+#define HABIT 3
+#define DOUBT_PART(out) ((out) / 2) /* the same where a flood was in vain the last time */
+#define FLOOD_NS 10000000000ULL /* in so long it must come back, or in twice as long */
 #define LOG_BYTES (MAX_SET_RUNS * sizeof(uint64_t))
 
 /* A run of pages in one word. */
@@ -37,6 +44,11 @@ struct resume {
 	uint64_t *log, nlog;
 	uint64_t burst_ns, burst, burst_known; /* pages since then, and those in the set */
 	uint64_t seen_ns;
+	_Atomic uint64_t out; /* pages, after the dump; 0: nobody counts */
+	uint64_t came, came_ns; /* pages of it since then */
+	uint64_t salt, asked;	/* of a flood: pages that it holds back, and somebody wanted */
+	bool flooded, doubtful;
+	unsigned int habit; /* floods in a row that were not in vain */
 };
 
 static struct working_set *set_of(struct sn_session *session)
@@ -44,7 +56,7 @@ static struct working_set *set_of(struct sn_session *session)
 	return (void *)(session->pm.base + PM_SET_OFFSET);
 }
 
-static uint64_t mix(uint64_t x)
+uint64_t page_lot(uint64_t x)
 {
 	x = (x ^ x >> 31) * 0x7fb5d329728ea185ULL;
 	x = (x ^ x >> 27) * 0x81dadef4bc2dd44dULL;
@@ -53,7 +65,7 @@ static uint64_t mix(uint64_t x)
 
 bool set_holds_back(const struct working_set *set, uint64_t page)
 {
-	return mix(page ^ (uint64_t)set->replays << 44) % OUT_OF < set->held_back;
+	return page_lot(page ^ (uint64_t)set->replays << 44) % OUT_OF < set->held_back;
 }
 
 struct interval set_run(const struct working_set *set, uint64_t i)
@@ -106,6 +118,41 @@ static void append(uint64_t *runs, uint64_t *n, uint64_t first, uint64_t npages)
 		runs[(*n)++] = RUN_MAKE(first, npages);
 }
 
+static bool is_nearly_all(struct sn_session *session, struct resume *resume)
+{
+	return resume->out >= LEAST_OUT && set_of(session)->npages >= MOST_PART(resume->out);
+}
+
+/* Pages that came back, some time after a dump. How many of all are wanted at random can't be told before so many were
+ * asked for: a quarter of the heap looks like all of it until it is there. */
+static void look_for_flood(struct sn_session *session, struct resume *resume, uint64_t page, uint64_t npages,
+			   uint64_t now)
+{
+	uint64_t part;
+
+	if (resume->flooded) {
+		for (uint64_t k = 0; k < npages; k++)
+			resume->asked += flood_holds_back(resume->salt, resume->out, page + k);
+		return;
+	}
+	if (now - resume->came_ns > FLOOD_NS) {
+		resume->came /= 2;
+		resume->came_ns = now;
+	}
+	resume->came += npages;
+	part = resume->habit >= HABIT	      ? KNOWN_PART(resume->out)
+	       : resume->doubtful	      ? DOUBT_PART(resume->out)
+					      : FLOOD_PART(resume->out);
+	if (resume->out < LEAST_OUT || resume->came < part)
+		return;
+	resume->salt++;
+	resume->flooded = flood_start(session, resume->out, resume->salt);
+	if (resume->flooded)
+		COUNT(session, replays);
+	else
+		atomic_store(&resume->out, 0);
+}
+
 /* Pages that came back while a resume is waited for. */
 static void look_for_resume(struct sn_session *session, struct resume *resume, uint64_t page, uint64_t npages,
 			    uint64_t now)
@@ -123,6 +170,8 @@ static void look_for_resume(struct sn_session *session, struct resume *resume, u
 		return;
 	resume->seen_ns = now;
 	atomic_store(&resume->phase, RESUME_SEEN);
+	if (is_nearly_all(session, resume))
+		return;
 	resume->replayed = 2 * resume->burst_known >= resume->burst && replay_start(session, set);
 	if (resume->replayed)
 		COUNT(session, replays);
@@ -133,7 +182,8 @@ void resume_note(struct sn_session *session, uint64_t address, uint64_t npages)
 	struct resume *resume = atomic_load(&session->resume);
 	uint64_t now;
 
-	if (!resume || atomic_load_explicit(&resume->phase, memory_order_relaxed) == RESUME_OFF)
+	if (!resume || (atomic_load_explicit(&resume->phase, memory_order_relaxed) == RESUME_OFF &&
+			!atomic_load_explicit(&resume->out, memory_order_relaxed)))
 		return;
 	now = now_ns();
 	pthread_mutex_lock(&resume->lock);
@@ -144,6 +194,8 @@ void resume_note(struct sn_session *session, uint64_t address, uint64_t npages)
 		if (resume->phase == RESUME_ARMED)
 			look_for_resume(session, resume, address / PAGE, npages, now);
 	}
+	if (resume->out)
+		look_for_flood(session, resume, address / PAGE, npages, now);
 	pthread_mutex_unlock(&resume->lock);
 }
 
@@ -211,6 +263,23 @@ static uint64_t merge(const uint64_t *log, uint64_t nlog, uint64_t *out)
 	return n;
 }
 
+static uint64_t everything(struct sn_session *session, uint64_t *out)
+{
+	const struct table *table;
+	uint64_t n = 0;
+
+	pthread_rwlock_rdlock(&session->lock);
+	table = pm_table(&session->pm);
+	for (uint64_t i = 0; i < table->nrecords; i++) {
+		const struct record *record = &table->records[i];
+
+		for (uint64_t k = 0; record->first != NO_ENTRIES && k < record->npages; k += OUT_OF)
+			append(out, &n, record->start / PAGE + k, min_u64(OUT_OF, record->npages - k));
+	}
+	pthread_rwlock_unlock(&session->lock);
+	return n;
+}
+
 static void set_write(struct working_set *set, const uint64_t *runs, uint64_t n, uint64_t held_back)
 {
 	uint64_t npages = 0;
@@ -230,7 +299,7 @@ static void set_write(struct working_set *set, const uint64_t *runs, uint64_t n,
 
 /* Makes the next set of what was noted. The more of what was held back nobody asked for, the more is held back the next
  * time, and what is not asked for leaves the set: so it shrinks where it does not fit. */
-static void learn(struct sn_session *session, struct resume *resume)
+static void learn(struct sn_session *session, struct resume *resume, uint64_t held)
 {
 	struct working_set *set = set_of(session);
 	uint64_t *runs = mmap(NULL, LOG_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
@@ -241,7 +310,16 @@ static void learn(struct sn_session *session, struct resume *resume)
 	if (runs == MAP_FAILED)
 		return;
 	qsort(resume->log, resume->nlog, sizeof(*resume->log), by_value);
-	if (resume->replayed) {
+	if (resume->flooded) {
+		bool paid = held >= FEWEST_SAMPLES && 2 * resume->asked >= held;
+		uint64_t hits = min_u64(resume->asked, held);
+
+		__atomic_fetch_add(&session->stats.replay_hits, hits, __ATOMIC_RELAXED);
+		__atomic_fetch_add(&session->stats.replay_misses, held - hits, __ATOMIC_RELAXED);
+		resume->doubtful = !paid;
+		resume->habit = paid ? resume->habit + 1 : 0;
+		n = paid ? everything(session, runs) : merge(resume->log, resume->nlog, runs);
+	} else if (resume->replayed) {
 		n = unite(set, resume->log, resume->nlog, runs, &verdict);
 		samples = verdict.hits + verdict.misses;
 		__atomic_fetch_add(&session->stats.replay_hits, verdict.hits, __ATOMIC_RELAXED);
@@ -253,6 +331,8 @@ static void learn(struct sn_session *session, struct resume *resume)
 	} else {
 		n = merge(resume->log, resume->nlog, runs);
 	}
+	if (!resume->flooded)
+		resume->habit = 0;
 	set_write(set, runs, n, held_back);
 	munmap(runs, LOG_BYTES);
 }
@@ -260,21 +340,39 @@ static void learn(struct sn_session *session, struct resume *resume)
 void sn_session_dumping(struct sn_session *session)
 {
 	struct resume *resume = atomic_load(&session->resume);
+	uint64_t held;
 	bool seen;
 
 	if (!resume)
 		return;
 	pthread_mutex_lock(&resume->lock);
 	seen = resume->seen_ns != 0;
-	atomic_store(&resume->phase, RESUME_OFF); /* from here on nobody starts a replay */
+	atomic_store(&resume->phase, RESUME_OFF); /* from here on nobody starts a replay or a flood */
+	atomic_store(&resume->out, 0);
 	pthread_mutex_unlock(&resume->lock);
 	replay_end(session);
+	held = flood_end(session);
 	/* A few pages now and then are no resume, and say little: the set of the last one stays. */
 	if (seen || (resume->nlog && !set_of(session)->nruns))
-		learn(session, resume);
+		learn(session, resume, held);
 	if (resume->log)
 		munmap(resume->log, LOG_BYTES);
 	resume->log = NULL;
+}
+
+/* How many pages are in the store. */
+static uint64_t count_out(struct sn_session *session)
+{
+	const struct table *table;
+	uint64_t n = 0;
+
+	pthread_rwlock_rdlock(&session->lock);
+	table = pm_table(&session->pm);
+	for (uint64_t i = 0; i < table->nrecords; i++)
+		for (uint64_t k = 0; table->records[i].first != NO_ENTRIES && k < table->records[i].npages; k++)
+			n += ENTRY_STATE(session->pm.entries[table->records[i].first + k]) == ST_STORED;
+	pthread_rwlock_unlock(&session->lock);
+	return n;
 }
 
 void sn_session_dumped(struct sn_session *session)
@@ -296,7 +394,9 @@ void sn_session_dumped(struct sn_session *session)
 		return;
 	}
 	resume->nlog = resume->burst = resume->burst_known = resume->burst_ns = resume->seen_ns = 0;
-	resume->replayed = false;
+	resume->came = resume->came_ns = resume->asked = 0;
+	resume->replayed = resume->flooded = false;
+	atomic_store(&resume->out, count_out(session));
 	atomic_store(&resume->phase, RESUME_ARMED);
 }
 

@@ -37,6 +37,18 @@ void prefer_thread(void)
 		setpriority(PRIO_PROCESS, (id_t)syscall(SYS_gettid), -10);
 }
 
+bool start_thread(pthread_t *thread, void *(*run)(void *), void *arg)
+{
+	pthread_attr_t attributes;
+	int error;
+
+	pthread_attr_init(&attributes);
+	pthread_attr_setstacksize(&attributes, 128 << 10);
+	error = pthread_create(thread, &attributes, run, arg);
+	pthread_attr_destroy(&attributes);
+	return !error;
+}
+
 struct sn_session *session_new(const struct sn_target *target, struct sn_store *store, struct sn_session *source,
 			       int *ret_error)
 {
@@ -188,6 +200,7 @@ static void session_quiet(struct sn_session *session)
 	for (int i = 0; i < session->nfillers; i++)
 		pthread_join(session->fillers[i], NULL);
 	replay_end(session);
+	flood_end(session);
 	while (atomic_load(&session->fork_copies)) /* a child still reads our staging: it ends soon */
 		usleep(1000);
 }

@@ -21,7 +21,7 @@
 #define CROWD_NS 2000000ULL   /* how long a look at the machine's load is good for */
 
 static _Atomic uint64_t limit_ns;
-static atomic_int spinners;
+static atomic_int spinners, helpers;
 static int loadavg_fd = -1;
 
 void sn_set_busy_poll(uint32_t us)
@@ -71,6 +71,12 @@ static void note_hit(struct spin *spin)
 	spin->price = spin->price > 1 ? spin->price / 2 : 1;
 }
 
+/* A thread that fills ahead of the program begins or ends: whoever spins meanwhile takes its CPU from it. */
+void spin_yield(bool begins)
+{
+	atomic_fetch_add(&helpers, begins ? 1 : -1);
+}
+
 /* Faults that come soon after one another: the program's CPU and ours stay awake between them. */
 void spin_filled(struct spin *spin)
 {
@@ -87,7 +93,7 @@ bool spin_for(struct spin *spin, struct pollfd *fds, unsigned int nfds)
 	uint64_t limit = atomic_load(&limit_ns), began = now_ns();
 	int found = 0;
 
-	if (!limit || spin->debt || spin->cpus < 2 || is_crowded(spin, began))
+	if (!limit || spin->debt || spin->cpus < 2 || atomic_load(&helpers) || is_crowded(spin, began))
 		return false;
 	if (atomic_fetch_add(&spinners, 1) < spin->cpus / 2) {
 		while (!(found = poll(fds, nfds, 0)) && now_ns() - began < limit)

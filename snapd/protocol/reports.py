@@ -197,8 +197,8 @@ class Totals(Report):
 
     `faults` were answered with zeros, from a page that was aside, or from the store; `retries` is how often an answer
     had to wait for an event. `forks`, `removes`, `remaps` and `unmaps` are events of the programs' own doing. `replays`
-    are resumes at which the working set was brought first, `replayed` its pages; `replay_hits` and `replay_misses` are
-    those that were held back to see whether they are asked for, and were or not.
+    are resumes at which the working set or all that was out was brought unasked, `replayed` its pages; `replay_hits`
+    and `replay_misses` are those that were held back to see whether they are asked for, and were or not.
     """
 
     sessions: int = 0
