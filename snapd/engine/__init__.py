@@ -722,6 +722,26 @@ class Model:
         return None if entry == (1 << 64) - 1 else entry
 
 
+class Headroom:
+    """How much memory a process may take without being asked, for tests."""
+
+    @staticmethod
+    def of(top: str, groups: str) -> int | None:
+        """Return what groups, as /proc/PID/cgroup says them, leave; `top` is what /sys is in. None: no limit."""
+        left = int(lib.sn_headroom(top.encode(), groups.encode()))
+        return None if left == (1 << 64) - 1 else left
+
+    @staticmethod
+    def take(pid: int, size: int) -> bool:
+        """Have memory promised; False when there is not enough."""
+        return int(lib.sn_headroom_take(pid, size)) == 0
+
+    @staticmethod
+    def give(size: int) -> None:
+        """Give back what was promised."""
+        lib.sn_headroom_give(size)
+
+
 class Piece:
     """Intervals on their way to the store together: move, pack, wait, drop. Close it at the end."""
 

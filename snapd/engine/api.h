@@ -299,6 +299,12 @@ void sn_model_stand(struct sn_session *session);
 void sn_model_trouble(struct sn_session *session, int cause); /* a notice of trouble; of the session's end with 0 */
 uint64_t sn_model_entry(struct sn_session *session, uint64_t address);
 
+/* headroom.c, also for tests: memory that a process may take without being asked is promised, or refused (-ENOMEM), and
+ * given back when it was brought. What /proc/PID/cgroup says leaves so many bytes; top is what /sys is in. */
+int sn_headroom_take(int pid, uint64_t bytes);
+void sn_headroom_give(uint64_t bytes);
+uint64_t sn_headroom(const char *top, const char *groups);
+
 /* Raw limits for benchmarks, measured without a session; MB/s and us are computed by the caller. */
 int sn_bench_codec(const unsigned char *pages, uint64_t npages, int level, int nthreads, uint64_t *ret_compress_ns,
 		   uint64_t *ret_decompress_ns, uint64_t *ret_bytes);

@@ -26,6 +26,8 @@ enum fault_point {
 	FP_LETTING_GO = 15,
 	FP_CHOSEN = 16,	      /* a piece is made, and nothing stands */
 	FP_THREAD_FOUND = 17, /* before each of a stop; short: it is not listed yet */
+	FP_REGISTERING = 18,  /* short: a mapping is not watched, and nobody is told */
+	FP_LISTING = 19,      /* before a span of a piece, not the first; short: /proc lists the last one again */
 	/* store and drop */
 	FP_PACK_READ = 20,
 	FP_FRAMES_WRITE = 21, /* errors, and a short write */
@@ -54,6 +56,7 @@ enum fault_point {
 	FP_HALF_HANDED = 44, /* the next daemon gets a session's userfaultfd, and not its page map */
 	FP_CHILD_COPYING = 45,
 	FP_UNTOLD = 46, /* a session is served, and Python has not heard of it */
+	FP_EVENT_TAKEN = 47, /* short: it is lost */
 	/* a takeover */
 	FP_ADOPTED = 50,
 	FP_CUT_CLAIMED = 51,

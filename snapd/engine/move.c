@@ -78,7 +78,8 @@ static int watch(struct sn_piece *piece, struct span *span, const struct snapd_p
 	struct table *table;
 	long n;
 
-	span->cause = sn_uffd_register(session->uffd, vma->vma_start, vma->vma_end - vma->vma_start);
+	if (!FAULT_ERROR(FP_REGISTERING))
+		span->cause = sn_uffd_register(session->uffd, vma->vma_start, vma->vma_end - vma->vma_start);
 	switch (span->cause) {
 	case 0: break;
 	case -EBUSY: return SN_FOREIGN;

@@ -21,10 +21,11 @@ static void place_spans(struct sn_piece *piece, const uint64_t *intervals, uint6
 
 	piece->staging_hint = hint ? aside + SLOT_BYTES / 2 : 0;
 	for (int i = 0; i < piece->nspans; i++) {
+		const uint64_t *interval = &intervals[2 * (i && FAULT_ERROR(FP_LISTING) ? i - 1 : i)];
 		struct span *span = &piece->spans[i];
 
-		span->start = intervals[2 * i];
-		span->npages = (intervals[2 * i + 1] - span->start) / PAGE;
+		span->start = interval[0];
+		span->npages = (interval[1] - span->start) / PAGE;
 		span->base = piece->npages;
 		piece->npages += span->npages;
 		aside = congruent(aside, span->start);

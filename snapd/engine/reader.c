@@ -51,7 +51,10 @@ static void take(struct events *events, const struct snapd_uffd_msg *message, st
 	} else {
 		if (!events->session->in_stop)
 			FAULT_POINT(FP_EVENT_READ);
-		events_take(events);
+		if (!events->session->in_stop && FAULT_ERROR(FP_EVENT_TAKEN))
+			events->n++;
+		else
+			events_take(events);
 	}
 }
 

@@ -24,7 +24,6 @@
 #define LOOK_PAGES 256	       /* of one look at the entries with the lock held */
 #define TRIES 50
 #define RETRY_US 100
-#define ROOM_PART 2 /* of the memory that is left, a replay may take one part in so many */
 
 struct item {
 	uint64_t entry, address, index;
@@ -248,9 +247,10 @@ static void *lead_main(void *arg)
 {
 	struct replay *replay = arg;
 	int wanted = (int)min_u64((uint64_t)cpus(), MAX_REPLAYERS) - 1;
+	uint64_t bytes = replay->set->npages * PAGE;
 
 	/* The program may not be allowed all of it, or others need it: then it asks for what it wants. */
-	if (headroom(atomic_load(&replay->session->pid)) / ROOM_PART < replay->set->npages * PAGE)
+	if (sn_headroom_take(atomic_load(&replay->session->pid), bytes))
 		return NULL;
 	if (prepare(replay)) {
 		while (replay->nthreads < wanted && !is_ending(replay) &&
@@ -261,6 +261,7 @@ static void *lead_main(void *arg)
 			pthread_join(replay->helpers[i], NULL);
 		munmap(replay->items, replay->bytes);
 	}
+	sn_headroom_give(bytes);
 	return NULL;
 }
 

@@ -17,9 +17,11 @@ from snapd.store.snapshot import Snapshot, open_snapshot
 from snapd.store.verify import verify_snapshot
 from tests.harness import Daemon, Spawner, Target, wait_until
 from tests.kernel.driving import MIB, PAGE, Figures
+from tests.peers import lacking
 from tests.processes import files_of
 
 NOBODY = 65534
+LOST = 20
 
 
 def kept(daemon: Daemon, pid: int, name: str) -> DumpReport:
@@ -96,6 +98,21 @@ def test_a_snapshot_holds_what_the_process_had_and_never_changes(
             assert any("[stack]" in line for line in snapshot.facts["maps"])
             assert {"stack", "file", "agent"} <= set(snapshot.facts["reasons"])
         figures.note(number=number, file_mib=path.stat().st_size / MIB)
+
+
+def test_a_snapshot_has_zeros_where_pages_were_taken_away_without_a_word(daemon: Daemon, spawn: Spawner) -> None:
+    """They had come from frames that the store has still."""
+    steps = spawn("steps", "--mib", 2)
+    start, _ = heap_of(steps)
+    daemon.dump(steps.pid)
+    steps.ask("look")
+    if steps.ask("lose", start + 100 * PAGE, LOST).get("unsupported"):
+        lacking("the kernel has no MADV_GUARD_INSTALL")
+    with open_snapshot(path_of(kept(daemon, steps.pid, "lost"))) as snapshot:
+        pages = dict(snapshot.pages())
+    assert any(pages[start + 99 * PAGE])
+    assert not any(any(pages.get(start + page * PAGE, b"")) for page in range(100, 100 + LOST))
+    steps.quit()
 
 
 def test_pages_of_zeros_that_are_out_are_in_the_snapshot_and_not_called_memory_that_never_was(

@@ -3,12 +3,16 @@
 Each in a mount namespace of its own; no sysctl and no mode of this machine changes.
 """
 
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.harness import Daemon, Spawner, Target, build
+from snapd.errors import MemoryHidden
+from tests.faults.deaths import daemon_of
+from tests.harness import Daemon, Spawner, Target, build, wait_until
 from tests.kernel.driving import MIB, BackToBack, out_bytes
 from tests.peers import lacking, require
 from tests.target import TARGETS
@@ -113,3 +117,19 @@ def test_without_fork_events_forks_under_back_to_back_dumps_are_right(own_steps:
             assert own_steps.ask("grandchild")["right"] == HEAP_PAGES
             own_steps.ask("write", 300, seed)
     assert own_steps.ask("look")["right"] == HEAP_PAGES
+
+
+def test_daemon_that_took_over_a_program_which_hides_its_memory_ends(own_daemon: Daemon, spawn_alone: Spawner) -> None:
+    hold = start(own_daemon, spawn_alone, "hold", "--mib", "2")
+    own_daemon.dump(hold.pid)
+    hold.ask("hide")
+    own_daemon.allow("the daemon has died|its guard pages can't be looked for")
+    own_daemon.kill()
+    own_daemon.wait_for_successor()
+    own_daemon.wait_for_session(hold.pid)
+    with pytest.raises(MemoryHidden):
+        own_daemon.restore(hold.pid)
+    os.kill(own_daemon.pid, signal.SIGTERM)
+    wait_until(lambda: not daemon_of(own_daemon.process.pid), "the end of the daemon", 30)
+    hold.ask("sum")
+    hold.quit()

@@ -11,6 +11,7 @@
  *   move             mremap of the whole heap to another place; keep: the same with MREMAP_DONTUNMAP, and the old place
  *                    must be zeros; grow MIB, shrink MIB: mremap in place where that is possible
  *   hole FIRST N     munmap of pages, then a fresh mapping in the hole; over FIRST N: MAP_FIXED over them
+ *   file FIRST N     MAP_FIXED over N pages: a private mapping of a file without holes, and each page is written to
  *   guard N SEED     discards N random pages and installs guards there; unguard removes all, fresh pages come back;
  *                    fence N SEED: guards straight over N random pages, of which nothing is heard
  *   lose ADDRESS N   takes N pages away wherever they are, of which nothing is heard
@@ -234,6 +235,24 @@ static void do_replace(bool unmap, size_t first, size_t npages)
         fail_errno("mmap over the heap");
     fresh(first, npages);
     reply_look("mmap over a part");
+}
+
+static void do_file(size_t first, size_t npages)
+{
+    if (first + npages > heap.npages)
+        fail("pages %zu to %zu are not in the heap", first, first + npages);
+    int fd = memfd_create("steps", MFD_CLOEXEC);
+    for (size_t page = 0; page < npages; page++)
+        if (write(fd, arguments[0], 1) != 1 || lseek(fd, (off_t)((page + 1) * PAGE), SEEK_SET) == -1)
+            fail_errno("writing a file");
+    if (ftruncate(fd, (off_t)(npages * PAGE)) == -1)
+        fail_errno("ftruncate");
+    if (mmap(page_at(first), npages * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED, fd, 0) != page_at(first))
+        fail_errno("mmap over the heap");
+    close(fd);
+    for (size_t page = first; page < first + npages; page++)
+        heap_renew_page(&heap, page);
+    reply("\"pages\":%zu", npages);
 }
 
 static void do_guard(uint64_t count, struct rng *rng, bool discard)
@@ -491,6 +510,8 @@ static void run_command(const struct command *command)
         do_resize(heap.npages - first * MIB / PAGE);
     else if (strcmp(name, "hole") == 0 || strcmp(name, "over") == 0)
         do_replace(*name == 'h', first, second);
+    else if (strcmp(name, "file") == 0)
+        do_file(first, second);
     else if (strcmp(name, "guard") == 0 || strcmp(name, "fence") == 0)
         do_guard(first, &rng, strcmp(name, "guard") == 0);
     else if (strcmp(name, "sweep") == 0)
