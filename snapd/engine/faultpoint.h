@@ -28,6 +28,7 @@ enum fault_point {
 	FP_THREAD_FOUND = 17, /* before each of a stop; short: it is not listed yet */
 	FP_REGISTERING = 18,  /* short: a mapping is not watched, and nobody is told */
 	FP_LISTING = 19,      /* before a span of a piece, not the first; short: /proc lists the last one again */
+	FP_LOOKING = 29, /* errors of a look at an aside */
 	/* store and drop */
 	FP_PACK_READ = 20,
 	FP_FRAMES_WRITE = 21, /* errors, and a short write */

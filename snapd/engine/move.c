@@ -309,9 +309,11 @@ static int look(struct sn_piece *piece, struct span *span, struct sn_piece_repor
 	_Atomic uint64_t *entries = piece->session->pm.entries;
 	long segment = span->first_segment, n;
 
-	n = pagemap_scan(atomic_load(&piece->session->pagemap_fd), span->aside, span->aside + span_bytes(span),
-			 SNAPD_PAGE_IS_PRESENT | SNAPD_PAGE_IS_SWAPPED | SNAPD_PAGE_IS_GUARD, LOOK, 0, piece->regions,
-			 span->npages + 1, NULL);
+	n = FAULT_ERROR(FP_LOOKING);
+	if (!n)
+		n = pagemap_scan(atomic_load(&piece->session->pagemap_fd), span->aside, span->aside + span_bytes(span),
+				 SNAPD_PAGE_IS_PRESENT | SNAPD_PAGE_IS_SWAPPED | SNAPD_PAGE_IS_GUARD, LOOK, 0,
+				 piece->regions, span->npages + 1, NULL);
 	if (n < 0)
 		return (int)n;
 	memset(piece->decisions + span->base, ABSENT, span->npages);

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 from tests.faults.plan import Action, Plan, Step
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from snapd.protocol.reports import DumpReport
     from tests.harness import Daemon
@@ -21,14 +21,13 @@ ENDS_S: Final = 60.0
 
 @contextlib.contextmanager
 def held_dump(
-    plan: Plan, daemon: Daemon, pid: int, point: str, *before: Step, also: str | None = None
+    plan: Plan, daemon: Daemon, pid: int, point: str, *before: Step, then: Sequence[Step] = ()
 ) -> Iterator[Future[DumpReport]]:
-    """Dump, and hold it at a point; `before` is what happens on the way, and who comes to `also` is held there too.
+    """Dump, and hold it at a point; `before` is what happens on the way, and `then` what happens meanwhile.
 
     At the end the dump goes on, and has ended; its report or error is the future's.
     """
-    holds = [Step(one, Action.DELAY, LONG_MS) for one in (point, also) if one]
-    plan.arm(*before, *holds)
+    plan.arm(*before, Step(point, Action.DELAY, LONG_MS), *then)
     with ThreadPoolExecutor(1, "dump") as pool:
         dump = pool.submit(daemon.dump, pid)
         try:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from snapd.errors import SnapdError
 from tests.faults.deaths import allow_deaths
 from tests.faults.held import held_dump
-from tests.faults.plan import Action, Plan, Step
+from tests.faults.plan import Action, Plan, Step, fails
 from tests.harness import wait_until
 from tests.kernel.driving import PAGE, out_bytes
 from tests.peers import lacking
@@ -90,6 +91,19 @@ def attached(daemon: Daemon, pid: int) -> bool:
 def test_what_moved_and_is_not_watched_goes_back(plan: Plan, daemon: Daemon, spawn: Spawner) -> None:
     hold = spawn("hold", "--mib", HEAP_MIB)
     plan.arm(Step("REGISTERING", Action.SHORT))
+    daemon.dump(hold.pid)
+    assert plan.happened == 1
+    hold.ask("sum")
+    hold.quit()
+
+
+def test_what_moved_and_cannot_be_looked_at_goes_back(plan: Plan, daemon: Daemon, spawn: Spawner) -> None:
+    """And what is out of it stays known: the move back is no unmapping of the program's own."""
+    daemon.allow("a piece could not be moved")
+    hold = spawn("hold", "--mib", HEAP_MIB)
+    daemon.dump(hold.pid)
+    hold.ask("write", HEAP_PAGES // 8, 1)
+    plan.arm(fails("LOOKING", errno.EIO, times=1))
     daemon.dump(hold.pid)
     assert plan.happened == 1
     hold.ask("sum")

@@ -16,7 +16,7 @@ import pytest
 
 from snapd.daemon import procfs
 from snapd.errors import TargetGone
-from tests.faults.held import held_dump
+from tests.faults.held import LONG_MS, held_dump
 from tests.faults.plan import Action, Plan, Step
 from tests.faults.test_strangers import read
 from tests.harness import Daemon, Spawner, Target, wait_until
@@ -121,7 +121,8 @@ def test_a_staging_waits_for_the_copies_of_a_child(plan: Plan, daemon: Daemon, h
 def test_child_of_a_parent_that_is_killed_has_what_was_aside(plan: Plan, daemon: Daemon, spawn: Spawner) -> None:
     """The parent's memory stays until the child has its copies, which come late."""
     steps = spawn("steps", "--mib", HEAP_MIB)
-    with held_dump(plan, daemon, steps.pid, "PACK_READ", also="CHILD_COPYING") as dump:
+    late = Step("CHILD_COPYING", Action.DELAY, LONG_MS)
+    with held_dump(plan, daemon, steps.pid, "PACK_READ", then=[late]) as dump:
         child = steps.ask("orphan")["child"]
         plan.wait()
         os.kill(steps.pid, signal.SIGKILL)
