@@ -50,6 +50,8 @@ RETRIES: Final = 10
 IMPATIENT: Final = 4
 """The first tries: a program stands no longer than a stop should last while it waits for CPUs that others have."""
 TIDY_BYTES: Final = 16 << 20
+FEW_REFUSALS: Final = 3
+"""In a row: then it is no accident, and impatience would only add stops."""
 RETRY_DELAY_S: Final = 0.01
 SHARED_RETRIES: Final = 10
 MIN_PART_PAGES: Final = 8
@@ -87,6 +89,7 @@ class Dump:
         self._stops: list[int] = []
         self._put_off = 0
         self._patient = False
+        self._refused = 0
         self._done_bytes = 0
         self._total_bytes = 0
         self._hint = 0
@@ -236,7 +239,12 @@ class Dump:
     def _forbid_fork(self, mappings: list[procfs.Mapping]) -> list[procfs.Mapping]:
         """Without fork events a child must get nothing of what is out, rather than zeros."""
         with pagemap(self._pid) as fd:
-            ours = {one.start for one in mappings if "dc" in one.flags and engine.watched(fd, one.start)}
+            ours = {
+                one.start
+                for one in mappings
+                if "dc" in one.flags
+                and (engine.watched(fd, one.start) or Range(one.start, one.end) in self._session.fork_forbidden)
+            }
         cleaned = [
             procfs.Mapping(
                 one.start,
@@ -340,8 +348,9 @@ class Dump:
         piece = engine.Piece(self._native, [(span.start, span.end) for span in batch], self._hint)
         if self._keep:
             piece.keep()
-        report = piece.move(patient=self._patient)
+        report = piece.move(patient=self._patient or self._refused >= FEW_REFUSALS)
         self._stops.append(report.stop_ns)
+        self._refused = self._refused + 1 if report.outcome is Outcome.BUSY else 0
         if report.outcome is not Outcome.MOVED:
             piece.close()
             self._fail_on(report.outcome, report.cause)
@@ -417,6 +426,7 @@ class Dump:
             raise self._session.silence()
         if outcome is Outcome.FILTERED:
             raise TargetFiltered(self._pid)
+        if outcome is Outcome.TRACED:
             raise TargetTraced(self._pid)
         if outcome is Outcome.FAILED:
             log.warning("pid %d: a piece could not be moved: %s", self._pid, os.strerror(-cause))

@@ -122,6 +122,7 @@ class Session:
         self.expects_agent = False  # after a takeover
         self.former = (b"", 0)  # its store and its number in a former daemon's registry
         self.agent_is_here = trio.Event()
+        self.fork_forbidden: set[Range] = set()  # what a raw fork's child gets nothing of
         # Replies during a dump are the engine's: only the end of the connection is of interest here.
         self._hangup: select.epoll | None = None  # most forked children end before they have an agent
         if agent_sock >= 0:
@@ -274,7 +275,7 @@ class Session:
     def _wait_until_guards_are_seen(self, *, must: bool) -> bool:
         """Return whether a restore has to do without a look for guard pages."""
         end = time.monotonic() + GUARDS_S
-        while self.pid and self.left_bytes():
+        while self.pid:
             try:
                 self.native.restore(0, 0)
             except OSError as error:
@@ -282,6 +283,8 @@ class Session:
                     return False  # it will be met again
             else:
                 return False
+            if not self.left_bytes():  # there is nothing that could come over them
+                return True
             if time.monotonic() > end or self.gone.is_set():
                 if not must:
                     raise MemoryHidden(self.pid)
@@ -299,7 +302,8 @@ class Session:
     def _release(self, *, blind: bool) -> None:
         if blind:  # what is watched can't be seen either: it is until the userfaultfd is closed
             if not self.fork_events:
-                self.advise([Range.around(one.start, one.npages * PAGE) for one in self.native.regions()], MADV_DOFORK)
+                moved = [Range.around(one.start, one.npages * PAGE) for one in self.native.regions()]
+                self.advise([*self.fork_forbidden, *moved], MADV_DOFORK)
                 self.tell_fork_wait(on=False)
             return
         # What a fork leaves out and we watch is what we made so: such mappings are never chosen by themselves.
@@ -318,8 +322,9 @@ class Session:
             if attempt < 2:
                 self.native.restore(*_EVERYWHERE, blind=blind)
         if not self.fork_events:
-            self.advise(forbidden, MADV_DOFORK)
+            self.advise([*self.fork_forbidden, *forbidden], MADV_DOFORK)
             self.tell_fork_wait(on=False)
+            self.fork_forbidden.clear()
 
     def advise(self, mappings: Sequence[Mapping | Range], advice: int) -> None:
         """Have the agent give `advice` on whole mappings; a mapping that is gone is no error."""
@@ -331,6 +336,8 @@ class Session:
     def forbid_fork(self, mappings: list[Mapping]) -> None:
         """Without fork events: a raw fork must not find zeros, so the child gets nothing at all of `mappings`."""
         self.tell_fork_wait(on=True)
+        # Not all of it is watched in the end: what stops put off, what a dump of a part leaves out.
+        self.fork_forbidden |= {Range(one.start, one.end) for one in mappings}
         self.advise(mappings, MADV_DONTFORK)
 
     def tell_fork_wait(self, *, on: bool) -> None:

@@ -255,6 +255,8 @@ def adopt_held(held: Sequence[int], siblings: Iterable[engine.Session]) -> Adopt
             store = owned = opened[0]
             size = opened[1]
             undo.callback(store.release)
+            if opened[2] != info.store_id:
+                raise DamagedPageMapError("its store is another's")
         else:
             os.close(store_fd)
             raise DamagedPageMapError("its store is none")

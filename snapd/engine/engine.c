@@ -17,14 +17,14 @@ int cpus(void)
 
 int sn_init(const struct sn_codec *codec, int npackers)
 {
-	int fd, error;
+	int fd;
 
 	frame_use_codec(codec);
 	fd = sn_notice_fd();
 	if (fd < 0)
 		return fd;
-	error = awake_start();
-	return error ? error : pack_start(npackers);
+	awake_start();
+	return pack_start(npackers);
 }
 
 void sn_page_map_trim(struct sn_session *session)

@@ -554,7 +554,7 @@ void spin_filled(struct spin *spin);
 void spin_yield(bool begins);
 
 /* awake.c */
-int awake_start(void);
+void awake_start(void);
 void awake_for(uint64_t ns);
 
 /* prefetch.c */
@@ -694,8 +694,14 @@ static inline void piece_set_phase(struct sn_piece *piece, enum phase phase)
 	for (int i = 0; i < piece->nspans; i++) {
 		const struct span *span = &piece->spans[i];
 
-		piece->session->pm.header->intents[piece->slot * MAX_SPANS + i] =
-			(struct intent){phase, span->start, span->npages, span->aside, span->staging};
+		struct intent *intent = &piece->session->pm.header->intents[piece->slot * MAX_SPANS + i];
+
+		intent->start = span->start;
+		intent->npages = span->npages;
+		intent->aside = span->aside;
+		intent->staging = span->staging;
+		/* A successor may find what is here at any instant: it says what the rest is. */
+		__atomic_store_n(&intent->phase, phase, __ATOMIC_RELEASE);
 	}
 }
 

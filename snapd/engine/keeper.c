@@ -247,12 +247,12 @@ static void wait_for_death(struct registry *registry)
 	}
 }
 
-static void become_daemon(struct keeper *keeper, int me)
+static void become_daemon(struct keeper *keeper, int me, unsigned int nfds)
 {
 	int n = keeper->nenv;
 
 	add_number(add_text(keeper->pid_text, "LISTEN_PID="), (unsigned long)me, 10);
-	add_number(add_text(keeper->fds_text, "LISTEN_FDS="), lay_out(keeper), 10);
+	add_number(add_text(keeper->fds_text, "LISTEN_FDS="), nfds, 10);
 	keeper->envp[n] = keeper->pid_text;
 	keeper->envp[n + 1] = keeper->fds_text;
 	keeper->envp[n + 2] = keeper->names;
@@ -274,6 +274,7 @@ void keeper_main(void *arg)
 	unmap_the_rest(keeper);
 	for (;;) {
 		int32_t me = (int32_t)raw0(__NR_getpid), mine = me;
+		unsigned int nfds;
 
 		/* A former keeper that has taken its turn meanwhile is the next daemon already. */
 		if (!atomic_compare_exchange_strong(&registry->keeper, &former, me))
@@ -289,10 +290,11 @@ void keeper_main(void *arg)
 			former = -me;
 			continue;
 		}
+		nfds = lay_out(keeper); /* what else the dead daemon had ends now, however long the pause */
 		pause_before_start(registry);
 		registry->ending = ENDING_NONE;
 		registry->serving_ns = 0;
-		become_daemon(keeper, me);
+		become_daemon(keeper, me, nfds);
 	}
 	raw1(__NR_exit_group, 0);
 }

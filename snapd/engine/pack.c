@@ -19,6 +19,7 @@
 #define MAX_JOBS 65536
 #define MAX_PACKERS 64
 #define READ_TRIES 20
+#define ROOM_NS 20000000
 #define READING_NS 5000000ULL /* a stop waits so long for a read that was begun */
 
 _Static_assert(BATCH_PAGES * FRAME_MAX <= SEGMENT_BYTES, "a batch fits a segment");
@@ -67,18 +68,22 @@ void pack_wait(struct sn_session *session)
 		nanosleep(&pause, NULL);
 }
 
+/* A target that does not let go holds nobody else up. */
 static void make_room(void)
 {
-	const struct timespec limit = {.tv_nsec = 20000000}; /* a target that does not let go holds nobody else up */
-	unsigned int n = __atomic_load_n(&stops, __ATOMIC_RELAXED);
+	const struct timespec limit = {.tv_nsec = ROOM_NS};
+	unsigned int n = __atomic_load_n(&stops, __ATOMIC_SEQ_CST);
 
-	if (n)
+	for (uint64_t until = n ? now_ns() + ROOM_NS : 0; n && now_ns() < until;
+	     n = __atomic_load_n(&stops, __ATOMIC_SEQ_CST))
 		syscall(SYS_futex, &stops, FUTEX_WAIT_PRIVATE, n, &limit, NULL, 0);
 }
 
 /* Not while a target stands; when one does not let go, all the same. */
-static void begin_reading(struct sn_session *session)
+static long read_between_stops(struct sn_session *session, uint64_t from, void *to, uint64_t bytes)
 {
+	long n;
+
 	make_room();
 	atomic_fetch_add(&session->reading, 1);
 	if (__atomic_load_n(&stops, __ATOMIC_SEQ_CST)) { /* it may not have seen us */
@@ -86,6 +91,9 @@ static void begin_reading(struct sn_session *session)
 		make_room();
 		atomic_fetch_add(&session->reading, 1);
 	}
+	n = memory_read(session, from, to, bytes);
+	atomic_fetch_sub(&session->reading, 1);
+	return n;
 }
 
 static bool is_zero(const unsigned char *page)
@@ -156,7 +164,7 @@ static int write_batch(struct sn_piece *piece, struct batch *batch, struct sn_pa
 static int read_hard_page(struct sn_session *session, uint64_t from, void *page)
 {
 	for (int tries = 0; tries < READ_TRIES; tries++) {
-		long n = memory_read(session, from, page, PAGE);
+		long n = read_between_stops(session, from, page, PAGE);
 
 		if (n == (long)PAGE || n == -ESRCH)
 			return n < 0 ? (int)n : 0;
@@ -182,9 +190,7 @@ static int read_batch(const struct job *job, struct batch *batch)
 
 		for (upto = i + 1; upto < batch->n && batch->page[upto] == batch->page[upto - 1] + 1; upto++)
 			;
-		begin_reading(session);
-		n = memory_read(session, from, to, (uint64_t)(upto - i) * PAGE);
-		atomic_fetch_sub(&session->reading, 1);
+		n = read_between_stops(session, from, to, (uint64_t)(upto - i) * PAGE);
 		if (n < (long)PAGE)
 			error = n == -ESRCH ? -ESRCH : read_hard_page(session, from, to);
 		upto = i + (int)max_u64(n > 0 ? (uint64_t)n / PAGE : 0, 1);

@@ -152,12 +152,15 @@ static void run_pass(struct restore *restore, int nhelpers)
 		pthread_join(helpers[i], NULL);
 }
 
-/* Whether a COPY that nobody asked for can be kept from overwriting a guard. */
-static bool sees_guards(struct sn_session *session)
+/* Whether a COPY that nobody asked for can be kept from overwriting a guard: 0, -EACCES, or -ESRCH when nobody is left
+ * to have one. */
+static int sees_guards(struct sn_session *session)
 {
+	int error = -EACCES;
+
 	if (atomic_load(&session->pagemap_fd) < 0 && atomic_load(&session->pid))
-		memory_open(session);
-	return atomic_load(&session->pagemap_fd) >= 0;
+		error = memory_open(session);
+	return atomic_load(&session->pagemap_fd) >= 0 ? 0 : error == -ESRCH ? error : -EACCES;
 }
 
 /* -EACCES: guards can't be looked for, and who calls is not blind to them. */
@@ -171,8 +174,8 @@ int sn_restore(struct sn_session *session, uint64_t start, uint64_t end, int bli
 	/* A discard that the former daemon had read would come back. */
 	if (!ring_is_applied(session))
 		restore.error = -EBUSY;
-	else if (!blind && !sees_guards(session))
-		restore.error = -EACCES;
+	else if (!blind)
+		restore.error = sees_guards(session);
 	/* What a pass leaves behind (an entry that changed under it) the next one takes: little, so alone. */
 	for (int pass = 0; pass < PASSES && !restore.error; pass++) {
 		restore.at = start;

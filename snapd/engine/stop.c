@@ -24,7 +24,7 @@
 #define LINGER_NS 1000000000ULL
 #define TICK_NS 500000L /* the tracer looks at the clock this often */
 #define ONE_NS 3000000ULL /* so long one thread may take to stand before the next one is asked */
-#define DEAF_TICKS 3
+#define DEAF_TICKS 6
 #define TICK_SIGNAL (SIGRTMIN + 9)
 #define IO_URING_EXT_ARG 8
 

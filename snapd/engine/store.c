@@ -84,14 +84,22 @@ void sn_store_release(struct sn_store *store)
 	free(store);
 }
 
+/* What an entry says is in shared memory: nothing outside is written to for it. */
+static bool is_in(uint64_t offset)
+{
+	return offset >> SEGMENT_SHIFT < MAX_SEGMENTS;
+}
+
 void store_hold(struct sn_store *store, uint64_t offset, uint64_t bytes)
 {
-	atomic_fetch_add_explicit(&store->live[offset >> SEGMENT_SHIFT], bytes, memory_order_relaxed);
+	if (is_in(offset))
+		atomic_fetch_add_explicit(&store->live[offset >> SEGMENT_SHIFT], bytes, memory_order_relaxed);
 }
 
 void store_unhold(struct sn_store *store, uint64_t offset, uint64_t bytes)
 {
-	atomic_fetch_sub_explicit(&store->live[offset >> SEGMENT_SHIFT], bytes, memory_order_release);
+	if (is_in(offset))
+		atomic_fetch_sub_explicit(&store->live[offset >> SEGMENT_SHIFT], bytes, memory_order_release);
 }
 
 void sn_store_set_floor(struct sn_store *store, uint64_t free_bytes)

@@ -7,12 +7,15 @@ import errno
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from snapd.errors import SnapdError
+import pytest
+
+from snapd.errors import SnapdError, TargetTraced
 from tests.faults.deaths import allow_deaths
 from tests.faults.held import held_dump
 from tests.faults.plan import Action, Plan, Step, fails
 from tests.harness import wait_until
 from tests.kernel.driving import PAGE, out_bytes
+from tests.kernel.test_stops import traced
 from tests.peers import lacking
 
 if TYPE_CHECKING:
@@ -136,6 +139,18 @@ def test_what_was_out_at_addresses_that_are_not_watched_any_more_is_forgotten(
     assert daemon.dump(steps.pid).moved_bytes
     assert steps.ask("look")["right"] == HEAP_PAGES
     steps.quit()
+
+
+def test_tracer_that_comes_in_the_middle_of_a_dump_is_named(plan: Plan, daemon: Daemon, spawn: Spawner) -> None:
+    hold = spawn("hold", "--mib", HEAP_MIB)
+    with contextlib.ExitStack() as stack:
+        with held_dump(plan, daemon, hold.pid, "CHOSEN") as dump:
+            stack.enter_context(traced(hold))
+        with pytest.raises(TargetTraced):
+            dump.result()
+    hold.ask("sum")
+    assert daemon.dump(hold.pid).moved_bytes
+    hold.quit()
 
 
 def test_threads_that_are_not_listed_at_once_stand_too(plan: Plan, daemon: Daemon, spawn: Spawner) -> None:

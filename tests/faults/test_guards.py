@@ -69,3 +69,18 @@ def test_a_daemon_that_is_told_to_end_does_not_wait_for_that_for_ever(daemon: Da
     os.kill(daemon.pid, signal.SIGTERM)
     wait_until(lambda: not daemon_of(daemon.process.pid), "the end of the daemon", ENDS_S)
     assert denied.ask("where")["address"]
+
+
+def test_where_nothing_is_out_nobody_waits_for_a_look_at_guards(plan: Plan, daemon: Daemon, spawn: Spawner) -> None:
+    hold = spawn("hold", "--mib", HEAP_MIB)
+    daemon.dump(hold.pid)
+    daemon.restore(hold.pid)
+    daemon.allow("the daemon has died")
+    plan.arm(fails("PAGEMAP_OPEN", errno.EACCES))
+    daemon.kill()
+    daemon.wait_for_successor()
+    daemon.wait_for_session(hold.pid)
+    assert daemon.restore(hold.pid).restored_bytes == 0
+    os.kill(daemon.pid, signal.SIGTERM)
+    wait_until(lambda: not daemon_of(daemon.process.pid), "the end of the daemon", ENDS_S)
+    assert hold.ask("sum")["ok"]

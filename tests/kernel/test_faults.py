@@ -157,7 +157,9 @@ def test_fills_go_on_while_the_gil_is_held(tmp_path: Path, figures: Figures) -> 
 def test_daemon_that_is_killed_leaves_the_program_waiting_and_never_with_zeros(daemon: Daemon, spawn: Spawner) -> None:
     hold = spawn("hold", "--mib", 16)
     dumped(daemon, hold)
-    os.kill(daemon.status().daemon.keeper_pid or 0, signal.SIGKILL)
+    keeper = daemon.status().daemon.keeper_pid
+    assert keeper
+    os.kill(keeper, signal.SIGKILL)
     daemon.kill()
     hold.send("sum")
     stat = Path(f"/proc/{hold.pid}/task/{hold.pid}/wchan")

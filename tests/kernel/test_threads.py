@@ -76,7 +76,7 @@ def test_stops_with_eight_sleeping_threads_are_short(daemon: Daemon, spawn: Spaw
             break
         hold.ask("write", 4000, seed)
     figures.note_stops(reports)
-    assert max(report.longest_stop_us for report in reports) < 20_000
+    assert max(report.longest_stop_us for report in reports) < 40_000
     assert min(report.longest_stop_us for report in reports[1:]) <= 2000
     assert all(report.stops > 5 for report in reports)
     assert hold.ask("threads", 0)["interrupted"] == 0
