@@ -33,6 +33,7 @@ from tests.processes import (
     rss_bytes,
     signal_group,
     threads_state,
+    undisturbed,
     wait_until,
 )
 from tests.target import C_FLAGS, DEADLINE_S, TARGETS, Reply, Target, build
@@ -110,7 +111,7 @@ class Daemon:
             "SNAPD_RUNTIME_DIR": str(self.runtime_dir),
             "SNAPD_STATE_DIR": str(self.state_dir),
         }
-        with self.log_path.open("ab") as log:
+        with undisturbed(), self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
                 wrap([*SNAPD, "daemon", *args]) if wrap else [*SNAPD, "daemon", *args],
                 env={**os.environ, **environ, **(env or {})},
@@ -350,8 +351,9 @@ class Spawner:
             environ = self._preload(self.daemon)
         elif self.daemon is not None:
             argv = [*SNAPD, "run", "--runtime-dir", str(self.daemon.runtime_dir), "--", *argv]
-        target = Target(argv, env={**environ, **(env or {})}, user=user, deadline_s=deadline_s)
-        self.targets.append(target)
+        with undisturbed():
+            target = Target(argv, env={**environ, **(env or {})}, user=user, deadline_s=deadline_s)
+            self.targets.append(target)
         if wait:
             target.ready()
             if self.daemon is not None:

@@ -4,6 +4,7 @@ import contextlib
 import os
 import select
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -104,3 +105,24 @@ def threads_state(pid: int) -> str:
             lines.append(f"thread {task.name} {state} in {(task / 'syscall').read_text().strip()}")
             lines.append((task / "stack").read_text())
     return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Put SIGTERM and Ctrl-C off: a process that was just started must be known to who ends it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught: list[int] = []
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    # Only handlers of this program: what is ignored or left to the kernel is so in the new process too.
+    handlers = {one: handler for one in numbers if callable(handler := signal.getsignal(one))}
+    try:
+        for one in handlers:
+            signal.signal(one, lambda number, _: caught.append(number))
+        yield
+    finally:
+        for one, handler in handlers.items():
+            signal.signal(one, handler)
+        for number in caught:
+            signal.raise_signal(number)
