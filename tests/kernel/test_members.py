@@ -61,7 +61,7 @@ def test_program_that_was_detached_or_left_comes_back_as_often_as_it_likes(membe
             with daemon.client() as client:
                 client.detach(member.pid)
         wait_until_left(member)
-        assert daemon.session(member.pid) is None
+        wait_until(lambda: daemon.session(member.pid) is None, "the end of the session")
         assert member.ask("leave")["result"] == -errno.ESRCH
         member.ask("sum")
         assert member.ask("join")["result"] == 0
@@ -104,7 +104,7 @@ def test_program_that_gives_up_its_user_has_all_back_and_no_thread_of_the_old_on
     daemon.allow("its user is 0 no longer")
     assert member.ask("setuid", NOBODY)["result"] == 0
     wait_until_left(member)
-    assert daemon.session(member.pid) is None
+    wait_until(lambda: daemon.session(member.pid) is None, "the end of the session")
     assert "its user is 0 no longer" in daemon.log()
     with pytest.raises(NotCooperating):
         daemon.dump(member.pid)
