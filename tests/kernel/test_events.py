@@ -11,6 +11,7 @@ import pytest
 from snapd.errors import SnapdError
 from tests.harness import Daemon, Spawner, Target, build
 from tests.kernel.driving import MIB, BackToBack, RunningDump, out_bytes
+from tests.peers import lacking
 
 pytestmark = pytest.mark.shares_daemon
 
@@ -157,7 +158,7 @@ def test_regrown_program_break_is_zero(daemon: Daemon, spawn: Spawner) -> None:
 
 def test_guards_go_on_guarding_and_their_neighbours_are_right(steps: Target, daemon: Daemon) -> None:
     if steps.ask("guard", 200, 1).get("unsupported"):
-        pytest.skip("the kernel has no MADV_GUARD_INSTALL")
+        lacking("the kernel has no MADV_GUARD_INSTALL")
     for seed in (2, 3):
         daemon.dump(steps.pid)
         assert steps.ask("look")["guards"] == 200
@@ -172,7 +173,7 @@ def test_guards_go_on_guarding_and_their_neighbours_are_right(steps: Target, dae
 
 def test_restore_and_prefetch_leave_new_guards_alone(steps: Target, daemon: Daemon) -> None:
     if steps.ask("guard", 100, 1).get("unsupported"):
-        pytest.skip("the kernel has no MADV_GUARD_INSTALL")
+        lacking("the kernel has no MADV_GUARD_INSTALL")
     assert steps.ask("look")["guards"] == 100
     daemon.restore(steps.pid)
     assert steps.ask("look")["guards"] == 100
@@ -180,7 +181,7 @@ def test_restore_and_prefetch_leave_new_guards_alone(steps: Target, daemon: Daem
 
 def test_bulk_copies_leave_guards_alone_that_nobody_heard_of(steps: Target, daemon: Daemon) -> None:
     if steps.ask("fence", 300, 1).get("unsupported"):  # and a look, which starts prefetch between them
-        pytest.skip("the kernel has no MADV_GUARD_INSTALL")
+        lacking("the kernel has no MADV_GUARD_INSTALL")
     assert steps.ask("look")["guards"] == 300
     daemon.dump(steps.pid)
     steps.ask("fence", 300, 2)

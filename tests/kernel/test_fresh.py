@@ -7,6 +7,7 @@ import pytest
 
 from tests.harness import Daemon, Spawner, Target
 from tests.kernel.driving import MIB, out_bytes
+from tests.peers import lacking
 
 HEAP_MIB = 32
 HEAP_PAGES = HEAP_MIB * 256
@@ -46,7 +47,7 @@ def test_sweep_through_what_a_mapping_has_grown_by_takes_a_fault_for_many_pages(
 
 def test_windows_of_zeros_end_at_guards_that_nobody_heard_of(steps: Target, daemon: Daemon) -> None:
     if steps.ask("sweep", 1000, SWEPT, 50).get("unsupported"):
-        pytest.skip("the kernel has no MADV_GUARD_INSTALL")
+        lacking("the kernel has no MADV_GUARD_INSTALL")
     guards = SWEPT // 50
     assert steps.ask("look") == {"ok": True, "right": HEAP_PAGES - guards, "guards": guards, "lost": 0}
     daemon.dump(steps.pid)

@@ -6,6 +6,7 @@ import pytest
 
 from tests.harness import Daemon, Spawner, Target
 from tests.kernel.driving import MIB, BackToBack, present
+from tests.peers import lacking
 
 pytestmark = pytest.mark.shares_daemon
 
@@ -33,7 +34,7 @@ def all_present(target: Target, start: int) -> bool:
 def test_each_kind_stays_and_has_its_reason(stays: Target, daemon: Daemon) -> None:
     areas = stays.ask("areas")
     if not areas["sealed"]:
-        pytest.skip("the kernel has no mseal")
+        lacking("the kernel has no mseal")
     report = daemon.dump(stays.pid)
     for kind in REASONS:
         assert all_present(stays, areas[kind]), kind
